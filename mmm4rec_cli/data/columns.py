@@ -1,0 +1,11 @@
+"""The names of the columns in our Parquet files: their one home."""
+
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+TIMESTAMP = "timestamp"
+RAW_USER_ID = "raw_user_id"
+RAW_ITEM_ID = "raw_item_id"
+TITLE = "title"
+TEXT = "text"
+IMAGE = "image"
+N_INTERACTIONS = "n_interactions"

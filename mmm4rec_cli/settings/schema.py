@@ -1,0 +1,213 @@
+"""The settings: every knob of the tool, with its unit, its range and its default.
+
+Defaults are the paper's (arXiv 2506.02916, published configurations). Models are frozen and closed: an unknown key is
+an error. Where a value comes from, and in which order sources win, is in `mmm4rec_cli.settings.load`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from mmm4rec_cli.settings.presets import PROTOCOLS, merged
+
+
+def _split(value: Any) -> Any:
+    """Take "10,20,50" for a list, as everywhere on the command line."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Cutoffs = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A frozen, closed section of the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Columns(Section):
+    """Names of the columns in a user's own tables."""
+
+    user_id: str = Field("user_id", min_length=1, description="column with the user's id")
+    item_id: str = Field("item_id", min_length=1, description="column with the item's id, in both tables")
+    timestamp: str = Field("timestamp", min_length=1, description="column with the time of the interaction")
+    text: str = Field("text", min_length=1, description="column with the item's text")
+    title: str = Field("title", min_length=1, description="column with the item's title")
+    brand: str = Field("brand", min_length=1, description="column with the item's brand")
+    description: str = Field("description", min_length=1, description="column with the item's description")
+    image: str = Field("image", min_length=1, description="column with the path of the item's picture")
+
+
+class DataSettings(Section):
+    """From raw files to interactions."""
+
+    min_user: int = Field(5, ge=1, description="k-core: interactions a user must have")
+    min_item: int = Field(5, ge=1, description="k-core: interactions an item must have")
+    split: Literal["leave_one_out"] = Field(
+        "leave_one_out", description="how targets are held out: each user's last (test) and last but one (valid)"
+    )
+    require_image: bool = Field(False, description="keep only items that name an image")
+    require_text: bool = Field(False, description="keep only items that have usable text")
+    timestamp_unit: Literal["auto", "s", "ms", "iso"] = Field(
+        "auto", description="unit of a user's own time stamps: seconds, milliseconds, ISO 8601, or found out and said"
+    )
+    image_timeout: float = Field(20.0, gt=0, description="seconds to wait for one picture")
+    image_workers: int = Field(8, ge=1, le=64, description="pictures fetched at the same time")
+    columns: Columns = Field(default_factory=Columns, description="names of the columns in a user's own tables")
+
+
+class FeatureSettings(Section):
+    """From texts and images to vectors."""
+
+    encoder: str = Field(
+        "siglip", min_length=1, description="encoder whose vectors are used; also the name of the features file"
+    )
+    text_model: str | None = Field(None, description="Hugging Face id or folder of the text model, else the encoder's")
+    image_model: str | None = Field(None, description="Hugging Face id or folder of the image model, else the encoder's")
+    text_pooling: Literal["pooled", "mean"] = Field(
+        "pooled", description="for a text model of its own: its pooled output, or the mean over its tokens"
+    )
+    max_text_length: int = Field(64, ge=4, description="tokens a text is cut or padded to")
+    batch_size: int = Field(64, ge=1, description="texts or images encoded at once")
+    dtype: Literal["float32", "float16"] = Field("float32", description="number format of the stored vectors")
+    fallback: Literal["null", "published"] = Field(
+        "null", description="an item without text or image: no vector, or the published stand-in (item id, white image)"
+    )
+    missing: Literal["zero", "mean", "learned"] = Field(
+        "mean", description="what the model sees for a missing vector: zeros, the mean of the others, a trained vector"
+    )
+
+
+class ModelSettings(Section):
+    """The network (paper section 4; sizes as published)."""
+
+    hidden_size: int = Field(256, ge=1, description="width of the model")
+    inner_size: int = Field(256, ge=1, description="width inside the feed-forward block")
+    num_layers: int = Field(1, ge=1, description="encoder layers, and as many decoder layers")
+    d_state: int = Field(64, ge=1, description="state size of the SSD")
+    n_groups: int = Field(8, ge=1, description="groups of B and C; must divide the number of heads")
+    d_conv: int = Field(4, ge=2, le=4, description="taps of the causal convolutions")
+    expand: int = Field(2, ge=1, description="width of the state-space branch over hidden_size")
+    head_dim: int = Field(64, ge=1, description="channels a head; must divide expand * hidden_size")
+    max_len: int = Field(20, ge=2, description="places of a sequence; weights are bound to it")
+    item_bias: bool = Field(True, description='a trained vector an item and modality (the paper\'s "with ID")')
+    fusion: Literal["static", "shared", "instance"] = Field(
+        "static", description="text and image scores: sum, two shared trained weights, two trained weights an item"
+    )
+    time: Literal["observed", "published", "none"] = Field(
+        "observed",
+        description="time streams: gaps between observed events; as published (reads the target's own time); none",
+    )
+    feed_forward: bool = Field(True, description="feed-forward block after each SSD block")
+    point_time_gate: bool = Field(False, description="time gate a place instead of one a sequence")
+    temperature: float = Field(0.8, gt=0, description="scores are divided by it")
+    dropout: Probability = Field(0.4, description="dropout behind the blocks")
+    embedding_dropout: Probability = Field(0.4, description="dropout on item vectors")
+    time_dropout: Probability = Field(0.4, description="dropout on time streams")
+    norm_eps: float = Field(1e-12, gt=0, description="added to variances inside the root")
+    padding_candidate: bool = Field(
+        False, description="protocol: padding row 0 is a candidate in loss and ranking (published)"
+    )
+    mask_duplicate_labels: bool = Field(
+        True, description="protocol: in-batch loss hides other rows with the same label (published: counts them wrong)"
+    )
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of the SSD."""
+        return self.expand * self.hidden_size // self.head_dim
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        inner = self.expand * self.hidden_size
+        if inner % self.head_dim:
+            raise ValueError(f"head_dim={self.head_dim} must divide expand * hidden_size = {inner}")
+        if self.n_heads % self.n_groups:
+            raise ValueError(f"n_groups={self.n_groups} must divide the number of heads, {self.n_heads}")
+        return self
+
+
+class Optimisation(Section):
+    """What both ways of training share: NAdam with coupled weight decay, gradients accumulated."""
+
+    epochs: int = Field(100, ge=1, description="passes over the training targets, at most")
+    lr: float = Field(1e-4, gt=0, description="learning rate of NAdam")
+    lr_decay: float = Field(1.0, gt=0, le=1, description="the learning rate is multiplied by it after every epoch")
+    weight_decay: float = Field(0.005, ge=0, description="L2 added to the gradient")
+    momentum_decay: float = Field(0.004, ge=0, description="NAdam's momentum decay")
+    batch_size: int = Field(1024, ge=1, description="targets a micro-batch")
+    accumulation: int = Field(8, ge=1, description="micro-batches an optimiser step")
+    mean_over_group: bool = Field(
+        True, description="protocol: mean loss over the accumulation group (published: a sum of micro-batch means)"
+    )
+    stop_on_nonfinite: bool = Field(
+        True, description="protocol: a loss that is NaN or infinite stops the run (published: goes on)"
+    )
+
+
+class PretrainSettings(Optimisation):
+    """Pre-training on many domains, in-batch loss."""
+
+    lr: float = Field(2.5e-4, gt=0, description="learning rate of NAdam")
+    save_every: int = Field(5, ge=1, description="epochs between kept copies of the weights")
+    seeded: bool = Field(True, description="protocol: runtime.seed is set before pre-training (published: not)")
+
+
+class FinetuneSettings(Optimisation):
+    """Fine-tuning on one domain, full softmax."""
+
+    loss: Literal["full", "in_batch"] = Field(
+        "full", description="softmax over the whole catalogue, or over the labels of the micro-batch"
+    )
+    patience: int = Field(10, ge=1, description="epochs below the best validation score until the run stops")
+    metric: str = Field(
+        "NDCG@10", pattern=r"^(Hit|NDCG)@[1-9][0-9]*$|^MRR$", description="validation metric that chooses the epoch"
+    )
+    shuffle_validation: bool = Field(
+        False, description="protocol: validation order is drawn from the training's random stream (published)"
+    )
+
+
+class EvaluateSettings(Section):
+    """Ranking the whole catalogue."""
+
+    k: Cutoffs = Field((10, 20, 50), description="cut-offs of Hit@K and NDCG@K")
+    ties: Literal["half", "optimistic", "pessimistic"] = Field(
+        "half", description="a candidate with the target's score counts as half above, below, or above it"
+    )
+    batch_size: int = Field(1024, ge=1, description="users encoded at once")
+
+
+class RuntimeSettings(Section):
+    """The machine."""
+
+    seed: int = Field(2020, ge=0, lt=2**32, description="seed of all randomness")
+    device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
+    precision: Literal["tf32", "fp32", "bf16"] = Field(
+        "tf32", description="matrix products on the GPU: TF32 (as published), IEEE float32, bfloat16 autocast"
+    )
+
+
+class Settings(Section):
+    """All settings of one invocation."""
+
+    protocol: Literal["corrected", "published"] = Field(
+        "corrected", description="a preset over the fields marked `protocol`: the paper's code as it runs, or mended"
+    )
+    data: DataSettings = Field(default_factory=DataSettings, description="from raw files to interactions")
+    features: FeatureSettings = Field(default_factory=FeatureSettings, description="from texts and images to vectors")
+    model: ModelSettings = Field(default_factory=ModelSettings, description="the network")
+    pretrain: PretrainSettings = Field(default_factory=PretrainSettings, description="pre-training")
+    finetune: FinetuneSettings = Field(default_factory=FinetuneSettings, description="fine-tuning")
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="ranking")
+    runtime: RuntimeSettings = Field(default_factory=RuntimeSettings, description="the machine")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_protocol(cls, values: Any) -> Any:
+        """Lay the protocol's preset under what was given, so that no module below asks for the protocol."""
+        if not isinstance(values, dict):
+            return values
+        preset = PROTOCOLS.get(values.get("protocol", "corrected"))
+        return values if preset is None else merged(preset, values)
