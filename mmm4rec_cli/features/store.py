@@ -1,0 +1,254 @@
+"""Feature files: one row an item, a vector or null for each modality. Read with pyarrow and numpy alone.
+
+A file is `data/features/<domain>/<encoder>.parquet` with the columns
+
+- `item_id` int32, 1 to the number of items, in order,
+- `text` and `image`, fixed-size lists of float32 or float16, null where the item has none,
+
+and, as JSON under the key `mmm4rec` of the Parquet metadata, a document with `format`, `encoder` (its name),
+`identity` (what decides which vector a text or a picture gets: models with the hash of their weights, preprocessing),
+`fingerprint` (SHA-256 of `identity`), `catalogue` (SHA-256 over the raw item ids, as in the tables) and `source` (what
+was encoded).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmm4rec_cli.data.columns import IMAGE, ITEM_ID, TEXT
+from mmm4rec_cli.errors import DataError
+from mmm4rec_cli.files import written_whole
+from mmm4rec_cli.settings.schema import FeatureSettings
+
+FORMAT = 1
+_KEY = b"mmm4rec"
+_DOCUMENT = {"format": int, "encoder": str, "identity": dict, "fingerprint": str, "catalogue": str, "source": dict}
+
+PRESETS: dict[str, str | None] = {
+    "siglip": "google/siglip-base-patch16-224",
+    "siglip2": "google/siglip2-base-patch16-224",
+    "clip": "openai/clip-vit-base-patch32",
+    "sketch": None,
+}
+"""Encoders by short name: the Hugging Face id of a joint image-text model, None where no weights are needed."""
+
+Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """The vectors of one catalogue by one encoder; V = number of items + 1, row i belongs to item id i.
+
+    Attributes:
+        text: float32 [V, F_text]; row 0 (padding) and the rows of items without text are zero.
+        has_text: bool [V]; False in row 0.
+        image: float32 [V, F_image]; as `text`.
+        has_image: bool [V]; False in row 0.
+        metadata: the document in the file's metadata.
+        fingerprint: identity of the encoder, the same for every catalogue that it encoded.
+    """
+
+    text: Floats
+    has_text: Mask
+    image: Floats
+    has_image: Mask
+    metadata: dict[str, Any]
+    fingerprint: str
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Hexadecimal SHA-256 of an encoder's identity, independent of the order of its keys."""
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_slug(name: str) -> str:
+    """A Hugging Face id or a folder as part of a file name.
+
+    `google/vit-base` gives `google--vit-base`; of an absolute or longer path only the last part is kept. The answer
+    does not depend on what lies on the disk, so that every command finds the same file.
+    """
+    parts = [part for part in re.split(r"[/\\]+", name) if part]
+    if len(parts) > 2 or name.startswith(("/", "\\", ".", "~")) or (parts and parts[0].endswith(":")):
+        parts = [part for part in parts if part not in {".", ".."}][-1:]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(parts)).strip(".-") or "model"
+
+
+def encoder_name(settings: FeatureSettings) -> str:
+    """The name of the features file (without `.parquet`) that these settings make and read.
+
+    A preset or a name of the user's own is the name itself; an id or folder becomes its slug. With a text model or an
+    image model it is `<text>+<image>`, where a side without a model of its own is the encoder's; an encoder that is
+    neither a preset nor an id or folder then only names the file.
+    """
+    encoder = model_slug(settings.encoder)
+    if settings.text_model is None and settings.image_model is None:
+        return encoder
+    if settings.text_model and settings.image_model and encoder == settings.encoder and encoder not in PRESETS:
+        return encoder
+    sides = (model_slug(side) if side else encoder for side in (settings.text_model, settings.image_model))
+    return "+".join(sides)
+
+
+def _column(vectors: npt.NDArray[Any], present: Mask, dtype: Literal["float32", "float16"]) -> pa.Array:
+    with np.errstate(over="ignore"):  # what overflows is found and said below
+        stored = np.where(present[:, None], vectors, 0).astype(dtype)
+    if not np.isfinite(stored).all():
+        rows = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+        raise DataError(
+            f"{len(rows)} vectors hold NaN or infinite numbers as {dtype}; the first belongs to item id {rows[0] + 1}",
+            hint="mend the vectors" if dtype == "float32" else "store them with --set features.dtype=float32",
+        )
+    return pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1], mask=pa.array(~present))
+
+
+def write_features(
+    path: Path,
+    *,
+    text: npt.NDArray[Any],
+    has_text: Mask,
+    image: npt.NDArray[Any],
+    has_image: Mask,
+    encoder: str,
+    identity: Mapping[str, Any],
+    catalogue: str,
+    source: Mapping[str, Any],
+    dtype: Literal["float32", "float16"] = "float32",
+) -> None:
+    """Write the features of items 1 to n, whole or not at all.
+
+    Args:
+        path: where to.
+        text: [n, F_text] with F_text at least 1; rows of items without text are not looked at.
+        has_text: bool [n].
+        image: [n, F_image]; as `text`.
+        has_image: bool [n].
+        encoder: name of the encoder.
+        identity: what decides the vector of a text or picture; the fingerprint is its hash.
+        catalogue: SHA-256 over the raw item ids.
+        source: what was encoded, for people and for finding out whether it is still the same.
+        dtype: number format of the stored vectors.
+
+    Raises:
+        DataError: a vector holds NaN or an infinite number (in float16: is too large for it).
+    """
+    n = len(has_text)
+    assert len(text) == len(image) == len(has_image) == n
+    document = {
+        "format": FORMAT,
+        "encoder": encoder,
+        "identity": dict(identity),
+        "fingerprint": fingerprint(identity),
+        "catalogue": catalogue,
+        "source": dict(source),
+    }
+    columns = {
+        ITEM_ID: pa.array(np.arange(1, n + 1, dtype=np.int32)),
+        TEXT: _column(text, has_text, dtype),
+        IMAGE: _column(image, has_image, dtype),
+    }
+    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(document, ensure_ascii=False)})
+    with written_whole(path) as part:
+        pq.write_table(table, part, compression="zstd", use_dictionary=False)
+
+
+def _command(path: Path) -> str:
+    """The command that makes the features file at `path`."""
+    return f"mmm4rec preprocess --domain {path.parent.name} --encoder {path.stem}"
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The document in a features file's metadata.
+
+    Raises:
+        DataError: the file is missing, damaged, or no features file of a known format.
+    """
+    try:
+        schema = pq.read_schema(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such features file", hint=f"make it with: {_command(path)}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, str(error)) from None
+    try:
+        document = json.loads((schema.metadata or {})[_KEY])
+    except (KeyError, ValueError):
+        raise DataError(
+            f"{path}: a Parquet file, but not a features file of this tool",
+            hint="take embeddings of your own with: mmm4rec preprocess --features FILE",
+        ) from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise DataError(f"{path}: features file of an unknown format", hint=f"make it anew with: {_command(path)}")
+    wrong = [key for key, kind in _DOCUMENT.items() if not isinstance(document.get(key), kind)]
+    if wrong or document["fingerprint"] != fingerprint(document["identity"]):
+        raise _damaged(path, f"metadata {', '.join(wrong)} missing" if wrong else "fingerprint and identity disagree")
+    return document
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    reason = " ".join(why.split())[:200]
+    return DataError(f"{path}: damaged features file ({reason})", hint=f"delete it, then run: {_command(path)}")
+
+
+def _scattered(path: Path, column: pa.ChunkedArray, n_items: int) -> tuple[Floats, Mask]:
+    """Vectors [V, F] and their presence [V] of a column in item order."""
+    width = column.type.list_size
+    vectors = np.zeros((n_items + 1, width), dtype=np.float32)
+    present = np.zeros(n_items + 1, dtype=np.bool_)
+    row = 1
+    for chunk in column.chunks:
+        valid = chunk.is_valid().to_numpy(zero_copy_only=False)
+        # flatten() leaves out the places of null rows
+        flat = chunk.flatten()
+        if flat.null_count:
+            raise _damaged(path, "a vector has null elements")
+        vectors[row : row + len(chunk)][valid] = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
+        present[row : row + len(chunk)] = valid
+        row += len(chunk)
+    if not np.isfinite(vectors).all():
+        raise _damaged(path, "a vector holds NaN or an infinite number")
+    return vectors, present
+
+
+def read_features(path: Path, catalogue: str, n_items: int) -> ItemFeatures:
+    """Read the features of a catalogue.
+
+    Args:
+        path: the features file.
+        catalogue: SHA-256 over the raw item ids of the tables that the features shall fit.
+        n_items: number of items in the catalogue.
+
+    Raises:
+        DataError: the file is missing, damaged, of another catalogue or of other columns.
+    """
+    metadata = read_metadata(path)
+    if metadata["catalogue"] != catalogue:
+        raise DataError(
+            f"{path}: features of another catalogue ({metadata['catalogue'][:12]}; the tables have {catalogue[:12]})",
+            hint=f"make them anew with: {_command(path)}",
+        )
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, str(error)) from None
+    for name in (TEXT, IMAGE):
+        kind = table.schema.field(name).type if name in table.schema.names else None
+        if kind is None or not (pa.types.is_fixed_size_list(kind) and kind.value_type in (pa.float32(), pa.float16())):
+            raise _damaged(path, f"column {name} is {kind}, not a fixed-size list of float32 or float16")
+    if ITEM_ID not in table.schema.names or table.schema.field(ITEM_ID).type != pa.int32():
+        raise _damaged(path, f"column {ITEM_ID} is not int32")
+    ids = table[ITEM_ID].to_numpy()
+    if len(ids) != n_items or not np.array_equal(ids, np.arange(1, n_items + 1)):
+        raise _damaged(path, f"{len(ids)} rows for a catalogue of {n_items} items, or not in the order of item ids")
+    text, has_text = _scattered(path, table[TEXT], n_items)
+    image, has_image = _scattered(path, table[IMAGE], n_items)
+    return ItemFeatures(text, has_text, image, has_image, metadata, str(metadata["fingerprint"]))
