@@ -21,13 +21,12 @@ from mmm4rec_cli.commands.runs import runs
 from mmm4rec_cli.console import print_json, show_error
 from mmm4rec_cli.errors import DataError, DeviceError, UsageError, UserError
 
-COMMANDS: tuple[tuple[str, Command], ...] = (
-    ("Results", runs),
-)
+COMMANDS: tuple[tuple[str, Command], ...] = (("Results", runs),)
 """Panel of the help page and command, in the order in which they are used."""
 
+INTERRUPTED = 130
+
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -65,16 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words behind `mmm4rec`; None: those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        app(args=["--help"], prog_name="mmm4rec", standalone_mode=False)
+        return UsageError.code
     as_json = "--json" in words
     try:
         with _terminating_cleanly():
             code = app(args=words, prog_name="mmm4rec", standalone_mode=False)
-        if code == KEYBOARD_INTERRUPT:
+        if code == INTERRUPTED:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         hint = "type the same command again: what was finished is kept"
-        return _refuse(KEYBOARD_INTERRUPT, ["interrupted"], hint, as_json)
+        return _refuse(INTERRUPTED, ["interrupted"], hint, as_json)
     except BrokenPipeError:
         # The reader of our output went away (`| head`); a second failure while Python closes it must not show.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,11 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _refuse(known.code, known.problems, known.hint, as_json)
         traceback.print_exc()
         return _refuse(
-            1, [f"{type(error).__name__}: {error}"], "this is a bug of mmm4rec: please report it with the lines above", as_json
+            1,
+            [f"{type(error).__name__}: {error}"],
+            "this is a bug of mmm4rec: please report it with the lines above",
+            as_json,
         )
-
-
-KEYBOARD_INTERRUPT = 130
 
 
 def _refuse(code: int, problems: Sequence[str], hint: str, as_json: bool) -> int:
@@ -117,7 +119,8 @@ def _as_user_error(error: Exception, words: Sequence[str]) -> UserError | None:
         return DeviceError(_first_line(error), hint="mmm4rec doctor shows what this machine can run")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return DataError(
-            f"{error.filename or 'a file'}: {error.strerror}", hint="mmm4rec doctor shows the disk space of the workspace"
+            f"{error.filename or 'a file'}: {error.strerror}",
+            hint="mmm4rec doctor shows the disk space of the workspace",
         )
     return None
 
@@ -127,9 +130,7 @@ def _out_of_memory(error: Exception) -> bool:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     # On the CPU torch raises a plain RuntimeError, which only its text tells from others.
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def _less_memory(command: str) -> str:
@@ -139,7 +140,7 @@ def _less_memory(command: str) -> str:
 
 
 def _from_kernels(error: Exception) -> bool:
-    """Whether a kernel refused its input or its backend: it says so itself, or raised the ValueError in its own code."""
+    """Whether a kernel refused its input or its backend: it says so, or raised ValueError in its own code."""
     kernels = sys.modules.get("mmm4rec_kernels")
     if kernels is None:
         return False

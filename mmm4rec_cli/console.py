@@ -193,4 +193,3 @@ def show_error(problems: Sequence[str], hint: str) -> None:
 
 def _seconds(start: float) -> str:
     return f"{time.perf_counter() - start:.1f} s"
-

@@ -65,7 +65,7 @@ class Result:
         next: the command to type next.
     """
 
-    def __init__(self, document: Any, *shown: "RenderableType", next: str | None = None) -> None:  # noqa: A002
+    def __init__(self, document: Any, *shown: "RenderableType", next: str | None = None) -> None:
         self.document = document
         self.shown = shown
         self.next = next
@@ -111,7 +111,9 @@ def _common(
     ] = None,
     json: Annotated[
         bool,
-        typer.Option("--json", help="print one JSON document, nothing else, on standard output", rich_help_panel=COMMON),
+        typer.Option(
+            "--json", help="print one JSON document, nothing else, on standard output", rich_help_panel=COMMON
+        ),
     ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="no bars and no log on standard error", rich_help_panel=COMMON)
