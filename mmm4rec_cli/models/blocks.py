@@ -50,16 +50,17 @@ class StateSpace(nn.Module):
         """Scan, gate, normalise and project: [B, L, D]. K = G * N, group-major."""
         heads, groups = (self.n_heads, self.head_dim), (self.n_groups, self.d_state)
         y_BLHP = ssd(
-            x_BLE.unflatten(-1, heads),
+            torch.unflatten(x_BLE, -1, heads),
             dt_BLH,
             -torch.exp(self.A_log),
-            b_BLK.unflatten(-1, groups),
-            c_BLK.unflatten(-1, groups),
+            torch.unflatten(b_BLK, -1, groups),
+            torch.unflatten(c_BLK, -1, groups),
             D=self.D,
             dt_bias=self.dt_bias,
             skip="dt_x",
         )
-        return self.out_proj(gated_rms_norm(y_BLHP.flatten(2), z_BLE, self.norm.weight, eps=self.eps))
+        out_BLD: Tensor = self.out_proj(gated_rms_norm(y_BLHP.flatten(2), z_BLE, self.norm.weight, eps=self.eps))
+        return out_BLD
 
 
 class SSD(StateSpace):
@@ -127,7 +128,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] in and out."""
-        return self.norm(self.dropout(self.fc2(self.dropout(F.hardswish(self.fc1(x))))) + x)
+        out: Tensor = self.norm(self.dropout(self.fc2(self.dropout(F.hardswish(self.fc1(x))))) + x)
+        return out
 
 
 class CrossModalLayer(nn.Module):
