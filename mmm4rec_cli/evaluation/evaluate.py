@@ -85,7 +85,7 @@ def rank_split(
             table_VD = model.item_table()
         # Scores are compared in float32 whatever the encoders computed in: bfloat16 would tie half the catalogue.
         table_VD = table_VD.to(torch.promote_types(table_VD.dtype, torch.float32))
-        for block in targets.split(ranking.batch_size):
+        for block in torch.split(targets, ranking.batch_size):
             windows = sequences.windows(block, max_len, with_target_time=model.reads_target_time)
             with number_format:
                 user_BD = model(windows.items_BT, windows.lengths_B, windows.timestamps_BT)

@@ -1,6 +1,6 @@
 """The blocks of MMM4Rec (paper section 4; published behaviour in every detail).
 
-Letters: B users, L = T places, D width, E = expand * D, H heads, P head dim, G groups, N state.
+Letters: B users, L = T places, D width, E = expand * D, H heads.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmm4rec_cli.models.time_stream import CausalConv, FourierFilter, TimeFactor
 from mmm4rec_cli.settings.schema import ModelSettings
-from mmm4rec_kernels import gated_rms_norm, ssd
+from mmm4rec_kernels import CrossProjections, ssd_block
 
 
 class RMSGate(nn.Module):
@@ -28,9 +28,7 @@ class StateSpace(nn.Module):
     def __init__(self, config: ModelSettings) -> None:
         super().__init__()
         heads, inner = config.n_heads, config.expand * config.hidden_size
-        self.n_heads, self.inner = heads, inner
-        self.head_dim, self.n_groups, self.d_state = config.head_dim, config.n_groups, config.d_state
-        self.eps = config.norm_eps
+        self.n_groups, self.eps = config.n_groups, config.norm_eps
         # A step size between 0.001 and 0.1 at the start, through the inverse of softplus.
         step = torch.exp(torch.empty(heads).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
@@ -42,24 +40,26 @@ class StateSpace(nn.Module):
         if config.time != "none":
             self.time = TimeFactor(heads, config.max_len, config.d_conv, config.time_dropout)
 
-    def factor(self, stream_BHT: Tensor | None) -> Tensor | None:
-        """The factor on the step sizes, [B, H, T], or None without a time stream."""
-        return None if self.time is None or stream_BHT is None else self.time(stream_BHT)
-
-    def scan(self, x_BLE: Tensor, dt_BLH: Tensor, b_BLK: Tensor, c_BLK: Tensor, z_BLE: Tensor) -> Tensor:
-        """Scan, gate, normalise and project: [B, L, D]. K = G * N, group-major."""
-        heads, groups = (self.n_heads, self.head_dim), (self.n_groups, self.d_state)
-        y_BLHP = ssd(
-            x_BLE.unflatten(-1, heads),
-            dt_BLH,
-            -torch.exp(self.A_log),
-            b_BLK.unflatten(-1, groups),
-            c_BLK.unflatten(-1, groups),
-            D=self.D,
-            dt_bias=self.dt_bias,
+    def scan(
+        self, projected: Tensor | CrossProjections, conv_weight: Tensor, conv_bias: Tensor, stream_BHT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the in-projections to the block's output [B, L, D], and the factor on the step sizes [B, H, T]."""
+        w_BHT: Tensor | None = None if self.time is None or stream_BHT is None else self.time(stream_BHT)
+        normed_BLE = ssd_block(
+            projected,
+            conv_weight,
+            conv_bias,
+            self.A_log,
+            self.D,
+            self.dt_bias,
+            self.norm.weight,
+            n_groups=self.n_groups,
+            eps=self.eps,
+            time_factor_BLH=None if w_BHT is None else w_BHT.transpose(1, 2),
             skip="dt_x",
         )
-        return self.out_proj(gated_rms_norm(y_BLHP.flatten(2), z_BLE, self.norm.weight, eps=self.eps))
+        out_BLD: Tensor = self.out_proj(normed_BLE)
+        return out_BLD, w_BHT
 
 
 class SSD(StateSpace):
@@ -67,10 +67,9 @@ class SSD(StateSpace):
 
     def __init__(self, config: ModelSettings) -> None:
         super().__init__(config)
-        groups = config.n_groups * config.d_state
-        self.splits = [self.inner, groups, groups]
-        self.in_proj = nn.Linear(config.hidden_size, 2 * self.inner + 2 * groups + self.n_heads)
-        self.conv = CausalConv(self.inner + 2 * groups, config.d_conv)
+        inner, states = config.expand * config.hidden_size, config.n_groups * config.d_state
+        self.in_proj = nn.Linear(config.hidden_size, 2 * inner + 2 * states + config.n_heads)
+        self.conv = CausalConv(inner + 2 * states, config.d_conv)
         if config.time != "none":
             self.time_gate = nn.Linear(config.max_len, config.max_len if config.point_time_gate else 1)
             self.time_norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
@@ -78,12 +77,7 @@ class SSD(StateSpace):
 
     def forward(self, u_BLD: Tensor, stream_BHT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The block's output [B, L, D] and the next time stream."""
-        z_BLE, xbc, dt_BLH = self.in_proj(u_BLD).split([self.inner, sum(self.splits), self.n_heads], dim=-1)
-        x_BLE, b_BLK, c_BLK = self.conv(xbc).split(self.splits, dim=-1)
-        w_BHT = self.factor(stream_BHT)
-        if w_BHT is not None:
-            dt_BLH = dt_BLH * w_BHT.transpose(1, 2)
-        out_BLD = self.scan(x_BLE, dt_BLH, b_BLK, c_BLK, z_BLE)
+        out_BLD, w_BHT = self.scan(self.in_proj(u_BLD), self.conv.weight, self.conv.bias, stream_BHT)
         if stream_BHT is None or w_BHT is None:
             return out_BLD, None
         gate = torch.sigmoid(self.time_gate(self.time_dropout(stream_BHT)))
@@ -95,24 +89,22 @@ class CrossSSD(StateSpace):
 
     def __init__(self, config: ModelSettings) -> None:
         super().__init__(config)
-        groups = config.n_groups * config.d_state
-        self.splits = [self.inner, groups]
-        self.u_in_proj = nn.Linear(config.hidden_size, self.inner + groups + self.n_heads)
-        self.z_in_proj = nn.Linear(config.hidden_size, self.inner)
-        self.q_in_proj = nn.Linear(config.hidden_size, groups)
-        self.u_conv = CausalConv(self.inner + groups, config.d_conv)
-        self.q_conv = CausalConv(groups, config.d_conv)
+        inner, states = config.expand * config.hidden_size, config.n_groups * config.d_state
+        self.u_in_proj = nn.Linear(config.hidden_size, inner + states + config.n_heads)
+        self.z_in_proj = nn.Linear(config.hidden_size, inner)
+        self.q_in_proj = nn.Linear(config.hidden_size, states)
+        self.u_conv = CausalConv(inner + states, config.d_conv)
+        self.q_conv = CausalConv(states, config.d_conv)
 
     def forward(self, q_BLD: Tensor, u_BLD: Tensor, stream_BHT: Tensor | None) -> Tensor:
         """The block's output [B, L, D]; its time stream ends here."""
-        xb, dt_BLH = self.u_in_proj(u_BLD).split([sum(self.splits), self.n_heads], dim=-1)
-        z_BLE = self.z_in_proj(q_BLD + u_BLD)
-        x_BLE, b_BLK = self.u_conv(xb).split(self.splits, dim=-1)
-        c_BLK = self.q_conv(self.q_in_proj(q_BLD))
-        w_BHT = self.factor(stream_BHT)
-        if w_BHT is not None:
-            dt_BLH = dt_BLH * w_BHT.transpose(1, 2)
-        return self.scan(x_BLE, dt_BLH, b_BLK, c_BLK, z_BLE)
+        projected = CrossProjections(
+            xBdt=self.u_in_proj(u_BLD), z=self.z_in_proj(q_BLD + u_BLD), C=self.q_in_proj(q_BLD)
+        )
+        conv_weight = torch.cat([self.u_conv.weight, self.q_conv.weight])
+        conv_bias = torch.cat([self.u_conv.bias, self.q_conv.bias])
+        out_BLD, _ = self.scan(projected, conv_weight, conv_bias, stream_BHT)
+        return out_BLD
 
 
 class FeedForward(nn.Module):
@@ -127,7 +119,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] in and out."""
-        return self.norm(self.dropout(self.fc2(self.dropout(F.hardswish(self.fc1(x))))) + x)
+        out: Tensor = self.norm(self.dropout(self.fc2(self.dropout(F.hardswish(self.fc1(x))))) + x)
+        return out
 
 
 class CrossModalLayer(nn.Module):

@@ -132,7 +132,8 @@ class MMM4Rec(SequenceModel):
         for layer in self.layers:
             text_BLD, image_BLD, text_BHT, image_BHT = layer(text_BLD, image_BLD, text_BHT, image_BHT)
         last_B11 = (lengths_B - 1)[:, None, None].expand(-1, 1, image_BLD.shape[-1])
-        return image_BLD.gather(1, last_B11).squeeze(1)
+        user_BD: Tensor = image_BLD.gather(1, last_B11).squeeze(1)
+        return user_BD
 
     def _stream(self, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
         assert self.gaps is not None
@@ -148,10 +149,10 @@ class MMM4Rec(SequenceModel):
         """Weights of the text and the image score: 1 and 1, two scalars, or two columns [V, 1]."""
         if self.fusion_weight is None:
             return 1.0, 1.0
-        weight = self.fusion_weight
+        weight: Tensor = self.fusion_weight
         if weight.dim() == 2 and items is not None:
             weight = weight[items]
-        text, image = weight.softmax(-1).split(1, dim=-1)
+        text, image = torch.split(weight.softmax(-1), 1, dim=-1)
         return text, image
 
     def item_table(self, items: Tensor | None = None) -> Tensor:

@@ -96,8 +96,8 @@ class TimeFactor(nn.Module):
 
     def forward(self, stream_BHT: Tensor) -> Tensor:
         """Tanhshrink of a two-layer map over places times the stream, through two convolutions."""
-        scale_BHT = F.tanhshrink(self.mlp_out(F.silu(self.mlp_in(self.dropout(stream_BHT)))))
-        w_BTH = self.conv_out(self.conv_in((scale_BHT * stream_BHT).transpose(1, 2)))
+        scale_BHT: Tensor = F.tanhshrink(self.mlp_out(F.silu(self.mlp_in(self.dropout(stream_BHT)))))
+        w_BTH: Tensor = self.conv_out(self.conv_in((scale_BHT * stream_BHT).transpose(1, 2)))
         return w_BTH.transpose(1, 2)
 
 
@@ -134,4 +134,5 @@ class FourierFilter(nn.Module):
         image = torch.fft.rfft(image_BHT, norm="ortho")
         text = torch.fft.rfft(text_BHT, norm="ortho")
         joint = self.joint(self.image(image) * image + self.text(text) * text)
-        return torch.fft.irfft(joint, n=image_BHT.shape[-1], norm="ortho")
+        filtered: Tensor = torch.fft.irfft(joint, n=image_BHT.shape[-1], norm="ortho")
+        return filtered

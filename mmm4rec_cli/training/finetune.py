@@ -58,7 +58,8 @@ def finetune(
             f"{domain} holds no training example: no user has four interactions", hint="add data, or raise data.min_user"
         )
     if resume is not None:
-        seeds, label = resume.about["seeds"], resume.about["pretrained"]
+        about = resume.about
+        seeds, label = about["seeds"], about["pretrained"]
         source = None if label is None else choose_source(
             workspace, pretrained or label, model, settings.model, dataset.features.fingerprint
         )
@@ -69,7 +70,7 @@ def finetune(
         reporter.note(f"starting from {'published weights' if source.published else 'pre-training run'} {source.label}")
     else:
         reporter.note("starting from scratch" + ("" if pretrained == "none" else ": no pre-training run fits"))
-    about = identity("finetune", dataset, model, seeds, None if source is None else source.label)
+    about = identity("finetune", dataset, model, list(seeds), None if source is None else source.label)
     run = open_run(workspace, dataset, settings, about, resume)
     if len(seeds) == 1:
         return _finetune(run, dataset, _with_seed(settings, seeds[0]), model, source, reporter)

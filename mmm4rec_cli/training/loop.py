@@ -79,7 +79,7 @@ def train_epoch(
     device = task.targets.device
     model.train()
     order = torch.randperm(len(task.targets)).to(device)
-    micro_batches = task.targets[order].split(plan.batch_size)
+    micro_batches = torch.split(task.targets[order], plan.batch_size)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for begin in range(0, len(micro_batches), plan.accumulation):
         group = micro_batches[begin : begin + plan.accumulation]

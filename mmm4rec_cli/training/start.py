@@ -5,11 +5,11 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from mmm4rec_cli import __version__
 from mmm4rec_cli.data.dataset import Dataset
 from mmm4rec_cli.errors import RunError
 from mmm4rec_cli.reporter import Reporter
@@ -141,7 +141,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "hardware": {"device": device.type, "name": name, "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {
-            "mmm4rec": version("mmm4rec"),
+            "mmm4rec": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },

@@ -34,7 +34,7 @@ def save_state(path: Path, model: SequenceModel, optimizer: torch.optim.Optimize
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     document = {**vars(progress), "best_score": None if progress.best_epoch == 0 else progress.best_score}
     document["lr"] = [group["lr"] for group in optimizer.param_groups]

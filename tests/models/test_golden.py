@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmm4rec_cli.models import blocks
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.models.published import published_name
 from mmm4rec_cli.settings import Settings
+from mmm4rec_kernels.block import composed
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 VARIANTS = ["", "_layers1", "_notime", "_dynshared", "_nobias", "_p2p"]
@@ -85,14 +85,14 @@ def recorded(model: MMM4Rec, golden: Golden, monkeypatch: pytest.MonkeyPatch) ->
             if module is not None:
                 module.register_forward_hook(keep(f"{i}.{part}"))
         layer.register_forward_hook(keep(f"{i}"))
-    scan = blocks.ssd
+    scan = composed.ssd
 
     def recording_scan(x, dt, *args, **kwargs):
         y = scan(x, dt, *args, **kwargs)
         calls["scan"].append((dt, y))
         return y
 
-    monkeypatch.setattr(blocks, "ssd", recording_scan)
+    monkeypatch.setattr(composed, "ssd", recording_scan)
     user = model(*golden.inputs())
 
     mid: dict[str, Tensor] = {}
@@ -187,8 +187,8 @@ def test_float32_stays_within_a_few_times_the_published_float32_deviation(golden
 def test_a_wrong_model_fails_the_golden_check(wrong, monkeypatch):
     golden = Golden("")
     if wrong == "skip":
-        scan = blocks.ssd
-        monkeypatch.setattr(blocks, "ssd", lambda *a, skip, **k: scan(*a, skip="x", **k))
+        scan = composed.ssd
+        monkeypatch.setattr(composed, "ssd", lambda *a, skip, **k: scan(*a, skip="x", **k))
     model = golden.model(torch.float64).eval()
     if wrong == "crossed":
         for layer in model.layers:
