@@ -58,9 +58,14 @@ def fits(run: Run, model: str, config: ModelSettings, encoder_fingerprint: str) 
 
 
 def choose_source(
-    workspace: Workspace, given: str | None, model: str, config: ModelSettings, encoder_fingerprint: str
+    workspace: Workspace,
+    given: str | None,
+    model: str,
+    config: ModelSettings,
+    encoder_fingerprint: str,
+    widths: tuple[int, int],
 ) -> Source | None:
-    """The source that the user named, or the newest pre-training run that fits, or nothing.
+    """The source that the user named, or the newest pre-training run that fits, or published weights, or nothing.
 
     Args:
         workspace: where runs lie.
@@ -68,6 +73,7 @@ def choose_source(
         model: name of the model that will take the weights.
         config: its settings.
         encoder_fingerprint: identity of the item vectors.
+        widths: width of the text and of the image vectors.
 
     Raises:
         RunError: the run is not there or not finished.
@@ -77,8 +83,14 @@ def choose_source(
         return None
     if given is None:
         run = newest_run(workspace, "pretrain", fits=lambda run: fits(run, model, config, encoder_fingerprint))
-        return None if run is None else _of_run(run)
+        if run is not None:
+            return _of_run(run)
+        files = sorted(workspace.weights.glob("*.ckpt")) if model == "mmm4rec" else []
+        downloaded = (Source(path.name, path, published=True) for path in files if _fits_published(path, config, widths))
+        return next(downloaded, None)
     path = Path(given)
+    if (workspace.weights / given).is_file():
+        path = workspace.weights / given
     if path.suffix in (".ckpt", ".pth", ".pt"):
         if not path.is_file():
             raise UsageError(f"--pretrained {given}: no such file", hint="give a run, a checkpoint file or none")
@@ -87,6 +99,17 @@ def choose_source(
     if not run.finished:
         raise RunError(f"run {run.id} is not finished", hint="finish it with --resume, or choose another run")
     return _of_run(run)
+
+
+def _fits_published(path: Path, config: ModelSettings, widths: tuple[int, int]) -> bool:
+    weights = read_published(path)
+    wanted = {
+        "text_adapter.0.weight": [config.hidden_size, widths[0]],
+        "vision_adapter.0.weight": [config.hidden_size, widths[1]],
+        "layer_norm_time.weight": [config.max_len],
+        "encoder_ssd_layers.0.ssd.A_log": [config.n_heads],
+    }
+    return all(name in weights and list(weights[name].shape) == shape for name, shape in wanted.items())
 
 
 def _of_run(run: Run) -> Source:
