@@ -1,1 +1,1 @@
-"""."""
+"""From raw files to interactions, items and users."""
