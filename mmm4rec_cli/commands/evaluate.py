@@ -1,11 +1,17 @@
 """`mmm4rec evaluate`."""
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmm4rec_cli.commands.invocation import Invocation, Result, command
+
+if TYPE_CHECKING:
+    from mmm4rec_cli.runs import Run
+    from mmm4rec_cli.settings import Settings
 
 
 class Split(StrEnum):
@@ -20,7 +26,15 @@ def evaluate(
     invocation: Invocation,
     run: Annotated[
         str | None,
-        typer.Option(help="fine-tuning run", metavar="RUN", show_default="the newest finished one"),
+        typer.Option(
+            help="fine-tuning run, or a published checkpoint with --domain",
+            metavar="RUN|FILE",
+            show_default="the newest finished run",
+        ),
+    ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(help="what a published checkpoint was trained on", metavar="NAME", show_default="the run's"),
     ] = None,
     split: Annotated[Split, typer.Option(help="which held-out elements are ranked")] = Split.test,
     k: Annotated[
@@ -35,19 +49,27 @@ def evaluate(
 ) -> Result:
     """Rank the whole catalogue for every user and measure where the target stands."""
     from mmm4rec_cli.console import metric_table
-    from mmm4rec_cli.errors import RunError
+    from mmm4rec_cli.errors import RunError, UsageError
     from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
     from mmm4rec_cli.runs import find_run, newest_run
     from mmm4rec_cli.settings import for_run
 
     workspace, reporter = invocation.workspace, invocation.reporter
-    found = find_run(workspace, run) if run is not None else newest_run(workspace, "finetune")
-    if found is None:
-        raise RunError(
-            f"no finished fine-tuning run in {workspace.runs}", hint="make one with: mmm4rec finetune --domain scientific"
-        )
-    resolved = invocation.resolved(options={"evaluate.k": k, "runtime.device": device})
-    settings = for_run(found.settings_document, resolved, run=found.id, reporter=reporter)
+    options = {"evaluate.k": k, "runtime.device": device}
+    if run is not None and Path(run).is_file():
+        found, settings = _adopted(invocation, Path(run), domain, options)
+    else:
+        run_or_none = find_run(workspace, run) if run is not None else newest_run(workspace, "finetune", domain)
+        if run_or_none is None:
+            raise RunError(
+                f"no finished fine-tuning run in {workspace.runs}",
+                hint=f"make one with: mmm4rec finetune --domain {domain or 'scientific'}",
+            )
+        found = run_or_none
+        if domain is not None and domain != found.about["domain"]:
+            raise UsageError(f"--domain {domain}: run {found.id} is of {found.about['domain']}", hint="leave --domain out")
+        resolved = invocation.resolved(options=options)
+        settings = for_run(found.settings_document, resolved, run=found.id, reporter=reporter)
     document = evaluate_run(workspace, found, settings, split=split.value, mask_seen=mask_seen, reporter=reporter)
     rows = {"seen items hidden" if mask_seen else document["model"]: (document["metrics"], document.get("metrics_sd"))}
     if mask_seen:
@@ -59,3 +81,25 @@ def evaluate(
         f"{document['tied_targets']:.1%} share their time stamp with the event before"
     )
     return Result(document, metric_table(f"{document['domain']}, {split.value}; run {found.id}", rows), facts)
+
+
+def _adopted(
+    invocation: Invocation, file: Path, domain: str | None, options: Mapping[str, Any]
+) -> "tuple[Run, Settings]":
+    from mmm4rec_cli.data.dataset import encoder_at_hand, load_dataset
+    from mmm4rec_cli.data.domains import check_domain
+    from mmm4rec_cli.errors import UsageError
+    from mmm4rec_cli.evaluation.adopt import adopt_checkpoint, published_settings
+    from mmm4rec_cli.features.store import encoder_name
+
+    if domain is None:
+        raise UsageError(f"--run {file}: a checkpoint needs --domain", hint="name what it was trained on")
+    workspace = invocation.workspace
+    check_domain(workspace, domain)
+    resolved = invocation.resolved(domain=domain, options=options)
+    settings = published_settings(file, resolved.settings)
+    if not resolved.is_set("features.encoder"):
+        features = encoder_at_hand(workspace, [domain], settings.features)
+        settings = settings.model_copy(update={"features": features})
+    dataset = load_dataset(workspace, [domain], encoder_name(settings.features))
+    return adopt_checkpoint(workspace, file, dataset, settings), settings

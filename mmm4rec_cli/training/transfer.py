@@ -1,15 +1,13 @@
 """From a pre-trained model to a new domain: what is taken over, what is dropped (spec 9)."""
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
 
 from mmm4rec_cli.errors import RunError, UsageError
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
+from mmm4rec_cli.models.published import read_checkpoint
 from mmm4rec_cli.reporter import Reporter
 from mmm4rec_cli.runs import PER_ITEM, Run, find_run, newest_run, read_weights
 from mmm4rec_cli.settings.schema import ModelSettings
@@ -102,7 +100,7 @@ def choose_source(
 
 
 def _fits_published(path: Path, config: ModelSettings, widths: tuple[int, int]) -> bool:
-    weights = read_published(path)
+    weights = read_checkpoint(path)
     wanted = {
         "text_adapter.0.weight": [config.hidden_size, widths[0]],
         "vision_adapter.0.weight": [config.hidden_size, widths[1]],
@@ -114,23 +112,6 @@ def _fits_published(path: Path, config: ModelSettings, widths: tuple[int, int]) 
 
 def _of_run(run: Run) -> Source:
     return Source(label=run.id, weights=run.weights, published=False)
-
-
-def read_published(path: Path) -> dict[str, Tensor]:
-    """The model's tensors of a published checkpoint; nothing in the file is executed.
-
-    Raises:
-        RunError: truncated, or not such a checkpoint.
-    """
-    try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path} is not a published checkpoint: {reason}", hint="the file may be truncated") from None
-    weights = document.get("model", document) if isinstance(document, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise RunError(f"{path} holds no model", hint="a published checkpoint is a dict with the key `model`")
-    return weights
 
 
 def transfer(model: SequenceModel, source: Source, reporter: Reporter) -> None:
@@ -169,7 +150,7 @@ def transfer(model: SequenceModel, source: Source, reporter: Reporter) -> None:
 def _transfer_published(model: SequenceModel, path: Path) -> tuple[list[str], list[str], list[str]]:
     if not isinstance(model, MMM4Rec):
         raise RunError("published weights are MMM4Rec's", hint="use --model mmm4rec, or --pretrained none")
-    weights = read_published(path)
+    weights = read_checkpoint(path)
     given = {name: tensor for name, tensor in weights.items() if name not in _DROPPED_PUBLISHED}
     try:
         report = model.load_published(given)
