@@ -6,7 +6,7 @@ rich is loaded when something is shown, not when this module is imported.
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,20 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         made.add_row(*(Text(_cell(value)) for value in row))
     return made
+
+
+def metric_table(title: str, rows: Mapping[str, tuple[Mapping[str, float], Mapping[str, float] | None]]) -> "Table":
+    """A table of metrics, one row a result; a value with a deviation reads "0.1348 ± 0.0012"."""
+    names = list(dict.fromkeys(name for values, _ in rows.values() for name in values))
+    cells = [
+        [label, *(_metric(values.get(name), deviations and deviations.get(name)) for name in names)]
+        for label, (values, deviations) in rows.items()
+    ]
+    return table(title, ["", *names], cells)
+
+
+def _metric(value: float | None, deviation: float | None) -> float | str | None:
+    return value if value is None or deviation is None else f"{value:.4f} ± {deviation:.4f}"
 
 
 def _cell(value: Any) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 from mmm4rec_cli.data.sequences import Sequences
 from mmm4rec_cli.data.tables import Tables, read_tables
 from mmm4rec_cli.errors import DataError
-from mmm4rec_cli.features.store import ItemFeatures, read_features
+from mmm4rec_cli.features.store import ItemFeatures, encoder_name, read_features
+from mmm4rec_cli.settings.schema import FeatureSettings
 from mmm4rec_cli.workspace import Workspace
 
 
@@ -77,6 +78,23 @@ def _filled(table: NDArray[np.float32], missing: NDArray[np.bool_]) -> NDArray[n
     filled = table.copy()
     filled[missing] = table[present].mean(0, dtype=np.float64)
     return filled
+
+
+def encoder_at_hand(workspace: Workspace, domains: Sequence[str], features: FeatureSettings) -> FeatureSettings:
+    """The settings' own encoder where its files are there, else the only one that all domains have.
+
+    For an encoder that nobody chose: own embeddings, say, are there under another name than the default's.
+    """
+    name = encoder_name(features)
+    if all(workspace.features(domain, name).is_file() for domain in domains):
+        return features
+    there = [
+        {path.stem for path in workspace.features(domain, name).parent.glob("*.parquet")} for domain in domains
+    ]
+    common = set.intersection(*there) if there else set()
+    if len(common) != 1:
+        return features
+    return features.model_copy(update={"encoder": common.pop(), "text_model": None, "image_model": None})
 
 
 def load_dataset(workspace: Workspace, domains: Sequence[str], encoder: str) -> Dataset:

@@ -49,10 +49,10 @@ def evaluate_run(
         DataError: the run's domain is no longer there.
         RunError: the run is unfinished, damaged, or does not fit the present tables.
     """
-    if not run.finished:
+    about = run.about
+    if not run.finished and about["command"] != "evaluate":
         raise RunError(f"run {run.id} is not finished", hint="finish it with --resume, or choose another run")
     reporter = reporter or SilentReporter()
-    about = run.about
     dataset = _dataset(workspace, run, about["domains"], about["encoder"])
     members = [
         _evaluate_one(member, dataset, settings, split, mask_seen=mask_seen, reporter=reporter)

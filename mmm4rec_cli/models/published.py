@@ -19,12 +19,17 @@ Inside a block: `conv` = `conv1d_1`, `u_conv` = `u_conv1d`, `q_conv` = `q_conv1d
 A parameter for missing vectors (`text.missing`, `image.missing`) has no published name.
 """
 
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mmm4rec_cli.errors import RunError
 
 _RENAMES = [
     (r"^(text|image)\.adapter\.", r"\1_adapter.0."),
@@ -66,6 +71,58 @@ class LoadReport:
     """Weights of ours that the file does not hold; they keep their start values."""
     unexpected: tuple[str, ...]
     """Keys of the file that this model has no place for."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The model's tensors of a published checkpoint, on the CPU; nothing in the file is executed.
+
+    Raises:
+        RunError: truncated, or not such a checkpoint.
+    """
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path} is not a published checkpoint: {reason}", hint="the file may be truncated") from None
+    weights = document.get("model", document) if isinstance(document, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise RunError(f"{path} holds no model", hint="a published checkpoint is a dict with the key `model`")
+    return weights
+
+
+def sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The model section that published weights were made with, read from their shapes.
+
+    The number of groups cannot be read: as many as heads, as shipped. Temperature and dropouts leave no trace.
+
+    Raises:
+        RunError: a tensor that every published model has is not there.
+    """
+    block = "encoder_ssd_layers.0.ssd."
+    needed = ["text_adapter.0.weight", *(block + name for name in ("A_log", "norm.weight", "in_proj.weight", "conv1d_1.weight"))]
+    if missing := [name for name in needed if name not in weights]:
+        raise RunError(f"the checkpoint lacks {', '.join(missing)}", hint="is it a checkpoint of MMM4Rec?")
+    hidden, heads, inner = (len(weights[name]) for name in needed[:3])
+    states = (len(weights[block + "in_proj.weight"]) - 2 * inner - heads) // 2
+    found: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_layers": len({name.split(".")[1] for name in weights if name.startswith("encoder_ssd_layers.")}),
+        "d_state": states // heads,
+        "n_groups": heads,
+        "d_conv": weights[block + "conv1d_1.weight"].shape[-1],
+        "expand": inner // hidden,
+        "head_dim": inner // heads,
+        "item_bias": "text_item_embedding_bias" in weights,
+        "fusion": ("static", "shared", "instance")[weights["fusion_factor"].dim() if "fusion_factor" in weights else 0],
+        "time": "published" if "layer_norm_time.weight" in weights else "none",
+        "feed_forward": "encoder_ssd_layers.0.ffn.fc1.weight" in weights,
+    }
+    if found["feed_forward"]:
+        found["inner_size"] = len(weights["encoder_ssd_layers.0.ffn.fc1.weight"])
+    if found["time"] == "published":
+        found["max_len"] = len(weights["layer_norm_time.weight"])
+        found["point_time_gate"] = len(weights[block + "time_gate_residual.1.weight"]) > 1
+    return found
 
 
 def published_name(name: str) -> str | None:

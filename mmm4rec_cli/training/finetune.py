@@ -13,6 +13,7 @@ from mmm4rec_cli.errors import DataError
 from mmm4rec_cli.evaluation.evaluate import RankedSplit, Ranking, rank_by_popularity, rank_split, split_targets
 from mmm4rec_cli.evaluation.metrics import summary
 from mmm4rec_cli.evaluation.rank_files import write_ranks
+from mmm4rec_cli.features.store import encoder_name
 from mmm4rec_cli.models.registry import build_model, check_model
 from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.runs import Run, load_weights, read_weights
@@ -31,6 +32,7 @@ def finetune(
     model: str = "mmm4rec",
     pretrained: str | None = None,
     seeds: Sequence[int] = (),
+    time_is_set: bool = False,
     resume: Run | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -43,6 +45,7 @@ def finetune(
         model: name in the registry.
         pretrained: a pre-training run, a published checkpoint, `none`, or None: the newest run that fits.
         seeds: one run a seed and the mean over them; empty: `runtime.seed` alone.
+        time_is_set: `model.time` was chosen by the user; otherwise published weights set it to `published`.
         resume: an unfinished run to go on with.
         reporter: progress and notes.
 
@@ -52,20 +55,19 @@ def finetune(
     """
     check_model(model)
     reporter = reporter or SilentReporter()
-    dataset = load_dataset(workspace, [domain], settings.features.encoder)
+    dataset = load_dataset(workspace, [domain], encoder_name(settings.features))
     if not len(dataset.sequences.train_targets()):
         raise DataError(
             f"{domain} holds no training example: no user has four interactions", hint="add data, or raise data.min_user"
         )
+    seeds = list(dict.fromkeys(seeds)) or [settings.runtime.seed]
     if resume is not None:
-        about = resume.about
-        seeds, label = about["seeds"], about["pretrained"]
-        source = None if label is None else choose_source(
-            workspace, pretrained or label, model, settings.model, dataset.features.fingerprint
-        )
-    else:
-        seeds = list(dict.fromkeys(seeds)) or [settings.runtime.seed]
-        source = choose_source(workspace, pretrained, model, settings.model, dataset.features.fingerprint)
+        seeds, pretrained = resume.about["seeds"], pretrained or resume.about["pretrained"] or "none"
+    widths = dataset.features.text.shape[1], dataset.features.image.shape[1]
+    source = choose_source(workspace, pretrained, model, settings.model, dataset.features.fingerprint, widths)
+    if source is not None and source.published and settings.model.time != "published" and not time_is_set:
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"time": "published"})})
+        reporter.note("published weights read the target's own time: model.time = published")
     if source is not None:
         reporter.note(f"starting from {'published weights' if source.published else 'pre-training run'} {source.label}")
     else:

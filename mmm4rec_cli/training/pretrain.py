@@ -9,6 +9,7 @@ import torch
 from mmm4rec_cli.data.dataset import load_dataset
 from mmm4rec_cli.device import resolve_device
 from mmm4rec_cli.errors import DataError
+from mmm4rec_cli.features.store import encoder_name
 from mmm4rec_cli.models.registry import build_model, check_model
 from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.runs import Run
@@ -35,11 +36,11 @@ def pretrain(
     """
     check_model(model)
     device = resolve_device(settings.runtime.device)
-    dataset = load_dataset(workspace, domains, settings.features.encoder)
+    dataset = load_dataset(workspace, domains, encoder_name(settings.features))
     targets = dataset.sequences.all_targets()
     if not len(targets):
         raise DataError(f"{dataset.name} holds no user with two interactions", hint="add data")
-    plan, seed = settings.pretrain, settings.runtime.seed
+    plan, seed = settings.pretrain, settings.runtime.seed if resume is None else resume.about["seeds"][0]
     about = identity("pretrain", dataset, model, [seed], None)
     run = open_run(workspace, dataset, settings, about, resume)
     with training_in(run, reporter or SilentReporter()) as log:

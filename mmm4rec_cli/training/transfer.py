@@ -1,15 +1,13 @@
 """From a pre-trained model to a new domain: what is taken over, what is dropped (spec 9)."""
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
 
 from mmm4rec_cli.errors import RunError, UsageError
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
+from mmm4rec_cli.models.published import read_checkpoint
 from mmm4rec_cli.reporter import Reporter
 from mmm4rec_cli.runs import PER_ITEM, Run, find_run, newest_run, read_weights
 from mmm4rec_cli.settings.schema import ModelSettings
@@ -58,9 +56,14 @@ def fits(run: Run, model: str, config: ModelSettings, encoder_fingerprint: str) 
 
 
 def choose_source(
-    workspace: Workspace, given: str | None, model: str, config: ModelSettings, encoder_fingerprint: str
+    workspace: Workspace,
+    given: str | None,
+    model: str,
+    config: ModelSettings,
+    encoder_fingerprint: str,
+    widths: tuple[int, int],
 ) -> Source | None:
-    """The source that the user named, or the newest pre-training run that fits, or nothing.
+    """The source that the user named, or the newest pre-training run that fits, or published weights, or nothing.
 
     Args:
         workspace: where runs lie.
@@ -68,6 +71,7 @@ def choose_source(
         model: name of the model that will take the weights.
         config: its settings.
         encoder_fingerprint: identity of the item vectors.
+        widths: width of the text and of the image vectors.
 
     Raises:
         RunError: the run is not there or not finished.
@@ -77,8 +81,14 @@ def choose_source(
         return None
     if given is None:
         run = newest_run(workspace, "pretrain", fits=lambda run: fits(run, model, config, encoder_fingerprint))
-        return None if run is None else _of_run(run)
+        if run is not None:
+            return _of_run(run)
+        files = sorted(workspace.weights.glob("*.ckpt")) if model == "mmm4rec" else []
+        downloaded = (Source(path.name, path, published=True) for path in files if _fits_published(path, config, widths))
+        return next(downloaded, None)
     path = Path(given)
+    if (workspace.weights / given).is_file():
+        path = workspace.weights / given
     if path.suffix in (".ckpt", ".pth", ".pt"):
         if not path.is_file():
             raise UsageError(f"--pretrained {given}: no such file", hint="give a run, a checkpoint file or none")
@@ -89,25 +99,19 @@ def choose_source(
     return _of_run(run)
 
 
+def _fits_published(path: Path, config: ModelSettings, widths: tuple[int, int]) -> bool:
+    weights = read_checkpoint(path)
+    wanted = {
+        "text_adapter.0.weight": [config.hidden_size, widths[0]],
+        "vision_adapter.0.weight": [config.hidden_size, widths[1]],
+        "layer_norm_time.weight": [config.max_len],
+        "encoder_ssd_layers.0.ssd.A_log": [config.n_heads],
+    }
+    return all(name in weights and list(weights[name].shape) == shape for name, shape in wanted.items())
+
+
 def _of_run(run: Run) -> Source:
     return Source(label=run.id, weights=run.weights, published=False)
-
-
-def read_published(path: Path) -> dict[str, Tensor]:
-    """The model's tensors of a published checkpoint; nothing in the file is executed.
-
-    Raises:
-        RunError: truncated, or not such a checkpoint.
-    """
-    try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path} is not a published checkpoint: {reason}", hint="the file may be truncated") from None
-    weights = document.get("model", document) if isinstance(document, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise RunError(f"{path} holds no model", hint="a published checkpoint is a dict with the key `model`")
-    return weights
 
 
 def transfer(model: SequenceModel, source: Source, reporter: Reporter) -> None:
@@ -146,7 +150,7 @@ def transfer(model: SequenceModel, source: Source, reporter: Reporter) -> None:
 def _transfer_published(model: SequenceModel, path: Path) -> tuple[list[str], list[str], list[str]]:
     if not isinstance(model, MMM4Rec):
         raise RunError("published weights are MMM4Rec's", hint="use --model mmm4rec, or --pretrained none")
-    weights = read_published(path)
+    weights = read_checkpoint(path)
     given = {name: tensor for name, tensor in weights.items() if name not in _DROPPED_PUBLISHED}
     try:
         report = model.load_published(given)
