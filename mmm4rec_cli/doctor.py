@@ -84,6 +84,7 @@ def _torch() -> dict[str, Any]:
 
 def _backends(reporter: Reporter) -> dict[str, dict[str, dict[str, Any]]]:
     import torch
+
     from mmm4rec_kernels import backends
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,6 +118,7 @@ def _tried(run: "Callable[[str], torch.Tensor]", backend: str) -> tuple[bool, st
 def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]":
     """A small call of each operation at the published sizes: backend -> result."""
     import torch
+
     from mmm4rec_kernels import causal_conv1d, gated_rms_norm, ssd, ssd_block
 
     n_sequences, length, heads, head_dim, groups, state, taps, eps = 2, 20, 8, 64, 8, 64, 4, 1e-12
@@ -164,7 +166,9 @@ def _encoders() -> dict[str, dict[str, Any]]:
             continue
         files = ("model.safetensors", "model.safetensors.index.json")
         here = [path for file in files if isinstance(path := try_to_load_from_cache(model, file), str)]
-        why = f"{model} in {Path(here[0]).parent}" if here else f"{model} is not on the disk; it is fetched at first use"
+        why = (
+            f"{model} in {Path(here[0]).parent}" if here else f"{model} is not on the disk; it is fetched at first use"
+        )
         found[name] = {"available": bool(here), "why": why}
     return found
 
