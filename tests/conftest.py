@@ -101,8 +101,8 @@ def small_settings() -> Callable[..., Settings]:
         base: dict[str, dict[str, object]] = {
             "features": {"encoder": "test"},
             "model": {
-                **dict(hidden_size=16, inner_size=16, d_state=4, head_dim=4, n_groups=8, max_len=6),
-                **dict(dropout=0.1, embedding_dropout=0.1, time_dropout=0.1),
+                **{"hidden_size": 16, "inner_size": 16, "d_state": 4, "head_dim": 4, "n_groups": 8, "max_len": 6},
+                **{"dropout": 0.1, "embedding_dropout": 0.1, "time_dropout": 0.1},
             },
             "pretrain": {"epochs": 3, "batch_size": 32, "accumulation": 2, "lr": 5e-3},
             "finetune": {"epochs": 3, "batch_size": 32, "accumulation": 2, "lr": 5e-3, "metric": "Hit@5"},

@@ -67,7 +67,9 @@ def evaluate(
             )
         found = run_or_none
         if domain is not None and domain != found.about["domain"]:
-            raise UsageError(f"--domain {domain}: run {found.id} is of {found.about['domain']}", hint="leave --domain out")
+            raise UsageError(
+                f"--domain {domain}: run {found.id} is of {found.about['domain']}", hint="leave --domain out"
+            )
         resolved = invocation.resolved(options=options)
         settings = for_run(found.settings_document, resolved, run=found.id, reporter=reporter)
     document = evaluate_run(workspace, found, settings, split=split.value, mask_seen=mask_seen, reporter=reporter)

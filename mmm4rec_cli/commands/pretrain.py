@@ -9,12 +9,12 @@ from mmm4rec_cli.commands.invocation import Invocation, Result, command
 DEFAULT_MIX = "fhckm"
 
 
-@command("mmm4rec pretrain", "mmm4rec pretrain --domain shop-kitchen --domain shop-toys", "mmm4rec pretrain --epochs 40")
+@command(
+    "mmm4rec pretrain", "mmm4rec pretrain --domain shop-kitchen --domain shop-toys", "mmm4rec pretrain --epochs 40"
+)
 def pretrain(
     invocation: Invocation,
-    mix: Annotated[
-        str | None, typer.Option(help="mix of domains", metavar="NAME", show_default=DEFAULT_MIX)
-    ] = None,
+    mix: Annotated[str | None, typer.Option(help="mix of domains", metavar="NAME", show_default=DEFAULT_MIX)] = None,
     domain: Annotated[
         list[str] | None,
         typer.Option(help="domain to train on (repeatable: all of them together)", show_default="the mix"),
@@ -25,9 +25,7 @@ def pretrain(
     epochs: Annotated[
         int | None, typer.Option(help="passes over the data", show_default="pretrain.epochs = 100")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="seed of all randomness", show_default="runtime.seed = 2020")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of all randomness", show_default="runtime.seed = 2020")] = None,
     resume: Annotated[
         str | None, typer.Option(help="unfinished run to go on with", metavar="RUN", show_default="none")
     ] = None,

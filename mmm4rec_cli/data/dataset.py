@@ -88,9 +88,7 @@ def encoder_at_hand(workspace: Workspace, domains: Sequence[str], features: Feat
     name = encoder_name(features)
     if all(workspace.features(domain, name).is_file() for domain in domains):
         return features
-    there = [
-        {path.stem for path in workspace.features(domain, name).parent.glob("*.parquet")} for domain in domains
-    ]
+    there = [{path.stem for path in workspace.features(domain, name).parent.glob("*.parquet")} for domain in domains]
     common = set.intersection(*there) if there else set()
     if len(common) != 1:
         return features

@@ -20,8 +20,9 @@ def write_ranks(path: Path, ranked: Iterable[RankedSplit]) -> None:
     """Write the splits' ranks; splits already in the file and not given here are kept."""
     given = list(ranked)
     tables = [
-        pa.table([r.user_U.numpy(), r.target_U.numpy(), r.rank0_U.numpy(), [r.split] * len(r.user_U)], SCHEMA.names)
-        .cast(SCHEMA)
+        pa.table(
+            [r.user_U.numpy(), r.target_U.numpy(), r.rank0_U.numpy(), [r.split] * len(r.user_U)], SCHEMA.names
+        ).cast(SCHEMA)
         for r in given
     ]
     if path.is_file():

@@ -45,7 +45,7 @@ def target_ranks(
         raise ValueError(f"target_B must be [{len(user_BD)}], got {[*target_B.shape]}")
     if mask is not None and mask.shape != (len(user_BD), len(item_VD)):
         raise ValueError(f"mask must be [{len(user_BD)}, {len(item_VD)}], got {[*mask.shape]}")
-    if len(target_B) and not (1 <= int(target_B.min()) and int(target_B.max()) < len(item_VD)):
+    if len(target_B) and not (int(target_B.min()) >= 1 and int(target_B.max()) < len(item_VD)):
         raise ValueError(f"target_B must hold item ids from 1 to {len(item_VD) - 1}")
     if not (torch.isfinite(user_BD).all() and torch.isfinite(item_VD).all()):
         raise ValueError("user_BD and item_VD must be finite")

@@ -81,9 +81,7 @@ class MMM4Rec(SequenceModel):
         text_missing: Tensor | None = None,
         image_missing: Tensor | None = None,
     ) -> None:
-        super().__init__(
-            padding_candidate=config.padding_candidate, mask_duplicate_labels=config.mask_duplicate_labels
-        )
+        super().__init__(padding_candidate=config.padding_candidate, mask_duplicate_labels=config.mask_duplicate_labels)
         if len(text_features) != len(image_features):
             raise ValueError(
                 f"text_features and image_features must have the same number of rows, "

@@ -99,7 +99,10 @@ def sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         RunError: a tensor that every published model has is not there.
     """
     block = "encoder_ssd_layers.0.ssd."
-    needed = ["text_adapter.0.weight", *(block + name for name in ("A_log", "norm.weight", "in_proj.weight", "conv1d_1.weight"))]
+    needed = [
+        "text_adapter.0.weight",
+        *(block + name for name in ("A_log", "norm.weight", "in_proj.weight", "conv1d_1.weight")),
+    ]
     if missing := [name for name in needed if name not in weights]:
         raise RunError(f"the checkpoint lacks {', '.join(missing)}", hint="is it a checkpoint of MMM4Rec?")
     hidden, heads, inner = (len(weights[name]) for name in needed[:3])

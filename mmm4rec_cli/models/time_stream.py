@@ -69,7 +69,7 @@ class ObservedGaps(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def gaps(self, timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """u [B, T], 0 where there is no gap between two observed events."""
+        """U [B, T], 0 where there is no gap between two observed events."""
         seconds_BT = torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).clamp(min=0)
         u_BT = (torch.log1p(seconds_BT.to(torch.float64)) - self.centre) / self.spread
         place_T = torch.arange(timestamps_BT.shape[1], device=timestamps_BT.device)

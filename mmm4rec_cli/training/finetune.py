@@ -58,7 +58,8 @@ def finetune(
     dataset = load_dataset(workspace, [domain], encoder_name(settings.features))
     if not len(dataset.sequences.train_targets()):
         raise DataError(
-            f"{domain} holds no training example: no user has four interactions", hint="add data, or raise data.min_user"
+            f"{domain} holds no training example: no user has four interactions",
+            hint="add data, or raise data.min_user",
         )
     seeds = list(dict.fromkeys(seeds)) or [settings.runtime.seed]
     if resume is not None:

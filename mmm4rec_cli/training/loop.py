@@ -144,7 +144,9 @@ def fit(
                 row = {"epoch": epoch, "loss": loss, "lr": optimizer.param_groups[0]["lr"]}
                 row["train_seconds"] = time.perf_counter() - start
                 scores = task.validate() if task.validate else {}
-                stage.advance(0, "  ".join([f"loss {loss:.4f}", *(f"{k} {v:.4f}" for k, v in _few(scores, task.metric))]))
+                stage.advance(
+                    0, "  ".join([f"loss {loss:.4f}", *(f"{k} {v:.4f}" for k, v in _few(scores, task.metric))])
+                )
             for group in optimizer.param_groups:
                 group["lr"] *= plan.lr_decay
             row |= {"seconds": time.perf_counter() - start, "valid": scores}

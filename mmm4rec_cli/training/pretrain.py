@@ -53,9 +53,7 @@ def pretrain(
         else:
             torch.seed()
         network = build_model(model, settings.model, dataset.model_features(settings.features.missing)).to(device)
-        task = Task(
-            "pretrain", plan, targets=targets.to(device), in_batch=True, save_every=plan.save_every
-        )
+        task = Task("pretrain", plan, targets=targets.to(device), in_batch=True, save_every=plan.save_every)
         progress = fit(
             network,
             dataset.sequences.to(device),

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from mmm4rec_cli.errors import RunError, UsageError
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
@@ -84,7 +83,9 @@ def choose_source(
         if run is not None:
             return _of_run(run)
         files = sorted(workspace.weights.glob("*.ckpt")) if model == "mmm4rec" else []
-        downloaded = (Source(path.name, path, published=True) for path in files if _fits_published(path, config, widths))
+        downloaded = (
+            Source(path.name, path, published=True) for path in files if _fits_published(path, config, widths)
+        )
         return next(downloaded, None)
     path = Path(given)
     if (workspace.weights / given).is_file():
@@ -162,7 +163,5 @@ def _transfer_published(model: SequenceModel, path: Path) -> tuple[list[str], li
 
 def _shortened(names: list[str]) -> list[str]:
     """Fold the tensors of one layer into one name."""
-    folded = dict.fromkeys(
-        ".".join([*name.split(".")[:2], "*"]) if "layers." in name else name for name in names
-    )
+    folded = dict.fromkeys(".".join([*name.split(".")[:2], "*"]) if "layers." in name else name for name in names)
     return list(folded)

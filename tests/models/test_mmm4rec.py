@@ -9,8 +9,8 @@ from mmm4rec_cli.settings import Settings
 
 V, T = 30, 8
 SMALL = {
-    **dict(hidden_size=16, inner_size=24, d_state=4, head_dim=4, n_groups=8, max_len=T, num_layers=2),
-    **dict(dropout=0.0, embedding_dropout=0.0, time_dropout=0.0),
+    **{"hidden_size": 16, "inner_size": 24, "d_state": 4, "head_dim": 4, "n_groups": 8, "max_len": T, "num_layers": 2},
+    **{"dropout": 0.0, "embedding_dropout": 0.0, "time_dropout": 0.0},
 }
 
 

@@ -23,7 +23,12 @@ def checkpoint(workspace, make_domain, small_settings, tmp_path):
     model, _ = load_model(newest_run(workspace, "finetune"), dataset, torch.device("cpu"))
     path = tmp_path / "best_epoch_model.ckpt"
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
-    document = {"model": model.published_state(), "optimizer": optimizer, "epoch": 3, "best_val_score": torch.tensor(0.5)}
+    document = {
+        "model": model.published_state(),
+        "optimizer": optimizer,
+        "epoch": 3,
+        "best_val_score": torch.tensor(0.5),
+    }
     torch.save(document, path)
     return path, settings, dataset, result
 
@@ -37,7 +42,7 @@ def test_sizes_are_read_from_the_tensors(checkpoint):
 
 
 def test_a_published_checkpoint_is_evaluated_to_the_same_figures(checkpoint, workspace, small_settings):
-    path, settings, dataset, result = checkpoint
+    path, _settings, dataset, result = checkpoint
     adopted = published_settings(path, small_settings())
     assert adopted.model.time == "published"
     run = adopt_checkpoint(workspace, path, dataset, adopted)
