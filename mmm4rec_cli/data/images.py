@@ -79,7 +79,7 @@ def safe_name(raw_item_id: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", raw_item_id) and not raw_item_id.endswith("."):
         return raw_item_id
     legible = re.sub(r"[^A-Za-z0-9_-]+", "_", raw_item_id)[:60]
-    return f"{legible}.{sha256(raw_item_id.encode()).hexdigest()[:12]}"
+    return f"{legible or '_'}.{sha256(raw_item_id.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
