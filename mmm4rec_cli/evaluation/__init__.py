@@ -1,1 +1,1 @@
-"""."""
+"""Ranking the whole catalogue and measuring it."""

@@ -20,7 +20,10 @@ DOMAINS: dict[str, Nested] = {
     "instruments": {"finetune": {"metric": "NDCG@10"}},
     "arts": {"finetune": {"metric": "NDCG@10"}},
     "office": {"finetune": {"metric": "NDCG@10"}},
-    "fhckm": {"model": {"num_layers": 2, "item_bias": True}, "pretrain": {"lr": 2.5e-4, "epochs": 100, "save_every": 5}},
+    "fhckm": {
+        "model": {"num_layers": 2, "item_bias": True},
+        "pretrain": {"lr": 2.5e-4, "epochs": 100, "save_every": 5},
+    },
 }
 """What the published configurations of a domain set otherwise than our defaults, or rest on."""
 

@@ -12,11 +12,19 @@ from mmm4rec_cli.settings.presets import PROTOCOLS, merged
 
 
 def _split(value: Any) -> Any:
-    """Take "10,20,50" for a list, as everywhere on the command line."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """Take "10,20,50" for a list, as everywhere on the command line, and 10 for a list of one."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _none_if_empty(value: Any) -> Any:
+    """Take an empty text for none, because TOML and the environment have no other word for it."""
+    return None if value == "" else value
 
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
+OptionalText = Annotated[str | None, BeforeValidator(_none_if_empty)]
 Cutoffs = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split), Field(min_length=1)]
 
 
@@ -63,8 +71,12 @@ class FeatureSettings(Section):
     encoder: str = Field(
         "siglip", min_length=1, description="encoder whose vectors are used; also the name of the features file"
     )
-    text_model: str | None = Field(None, description="Hugging Face id or folder of the text model, else the encoder's")
-    image_model: str | None = Field(None, description="Hugging Face id or folder of the image model, else the encoder's")
+    text_model: OptionalText = Field(
+        None, description="Hugging Face id or folder of the text model, else the encoder's"
+    )
+    image_model: OptionalText = Field(
+        None, description="Hugging Face id or folder of the image model, else the encoder's"
+    )
     text_pooling: Literal["pooled", "mean"] = Field(
         "pooled", description="for a text model of its own: its pooled output, or the mean over its tokens"
     )

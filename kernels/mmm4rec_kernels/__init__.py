@@ -1,0 +1,23 @@
+"""Scans, convolutions and norms of state-space models, on whatever machine is at hand.
+
+One public function an operation, each with the same numbers on every backend: `ssd`, `causal_conv1d`, `gated_rms_norm`
+and `ssd_block`, which is all three and what lies between them.
+`backends()` says what can run here and why the rest cannot.
+"""
+
+from mmm4rec_kernels.backend import Availability, BackendUnavailable, backends
+from mmm4rec_kernels.block import CrossProjections, ssd_block
+from mmm4rec_kernels.conv1d import causal_conv1d
+from mmm4rec_kernels.norm import gated_rms_norm
+from mmm4rec_kernels.ssd import ssd
+
+__all__ = [
+    "Availability",
+    "BackendUnavailable",
+    "CrossProjections",
+    "backends",
+    "causal_conv1d",
+    "gated_rms_norm",
+    "ssd",
+    "ssd_block",
+]

@@ -1,0 +1,146 @@
+"""Which implementation of an operation runs: what can run here, and why the rest cannot.
+
+Nothing is imported to find out: a backend is looked for on the import path only, so asking is cheap and without effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+_log = logging.getLogger("mmm4rec_kernels")
+
+OPERATIONS: Mapping[str, tuple[str, ...]] = {
+    "ssd": ("reference", "torch", "triton", "mamba_ssm"),
+    "causal_conv1d": ("reference", "torch", "triton", "causal_conv1d"),
+    "gated_rms_norm": ("reference", "torch", "triton"),
+    "ssd_block": ("reference", "torch", "triton"),
+}
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run on this machine, and why (not)."""
+
+    available: bool
+    why: str
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly requested backend cannot run; the message says why."""
+
+
+@functools.cache
+def _version(package: str, distribution: str) -> str | None:
+    """Installed version of a package, without importing it; None if it is absent."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter (on the CPU, very slowly): TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _probe_triton() -> Availability:
+    version = _version("triton", "triton")
+    if version is None:
+        return Availability(False, "triton is not installed")
+    if interpreting():
+        return Availability(True, f"triton {version}, interpreted on the CPU (TRITON_INTERPRET=1)")
+    if not torch.cuda.is_available():
+        return Availability(False, f"triton {version} is installed, but torch sees no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return Availability(False, f"the GPU has compute capability {major}.{minor}; 8.0 or newer is needed")
+    return Availability(True, f"triton {version}, {torch.cuda.get_device_name()}")
+
+
+def _probe_peer(package: str, distribution: str) -> Availability:
+    version = _version(package, distribution)
+    if version is None:
+        return Availability(False, f"{distribution} is not installed")
+    if not torch.cuda.is_available():
+        return Availability(False, f"{distribution} {version} is installed, but torch sees no CUDA device")
+    return Availability(True, f"{distribution} {version}")
+
+
+def availability(backend: str) -> Availability:
+    """Whether one backend can run on this machine.
+
+    Raises:
+        ValueError: if no backend has that name.
+    """
+    if backend == "reference":
+        return Availability(True, "plain sequential torch, any device")
+    if backend == "torch":
+        return Availability(True, f"torch {torch.__version__}, any device")
+    if backend == "triton":
+        return _probe_triton()
+    if backend == "mamba_ssm":
+        return _probe_peer("mamba_ssm", "mamba-ssm")
+    if backend == "causal_conv1d":
+        return _probe_peer("causal_conv1d", "causal-conv1d")
+    raise ValueError(f"backend: no backend is called {backend!r}")
+
+
+def backends() -> dict[str, dict[str, Availability]]:
+    """Every operation's backends on this machine, with the reason for each: operation -> backend -> availability."""
+    return {operation: {name: availability(name) for name in names} for operation, names in OPERATIONS.items()}
+
+
+@functools.cache
+def _announce(operation: str, backend: str, device: str) -> None:
+    _log.info("%s on %s: backend %s", operation, device, backend)
+
+
+def choose(operation: str, backend: str, tensor: torch.Tensor, *, fits: bool = True, unfit: str = "") -> str:
+    """The backend that runs a call.
+
+    Args:
+        operation: name of the public function.
+        backend: "auto" or an explicit name.
+        tensor: main input; its device and dtype decide under "auto".
+        fits: whether the Triton kernels can take this call (sizes, options).
+        unfit: the reason when they cannot.
+
+    Returns:
+        The name of a backend that can run: with "auto" Triton where the tensor lies on a CUDA device that it supports
+        and the call fits its kernels, otherwise "torch". The choice is logged once for each operation and device.
+
+    Raises:
+        ValueError: if the operation has no such backend.
+        BackendUnavailable: if an explicit backend cannot run here or cannot take this call.
+    """
+    names = OPERATIONS[operation]
+    if backend != "auto" and backend not in names:
+        raise ValueError(f"backend: {operation} has {', '.join(names)} and auto, not {backend!r}")
+    if backend == "auto":
+        on_gpu = tensor.is_cuda and tensor.dtype != torch.float64
+        chosen = "triton" if on_gpu and fits and availability("triton").available else "torch"
+        if not torch.compiler.is_compiling():
+            _announce(operation, chosen, tensor.device.type)
+        return chosen
+    if backend in ("reference", "torch"):
+        return backend
+    state = availability(backend)
+    if not state.available:
+        raise BackendUnavailable(f"{operation}: backend {backend!r} cannot run here: {state.why}")
+    if not tensor.is_cuda and not (backend == "triton" and interpreting()):
+        raise BackendUnavailable(f"{operation}: backend {backend!r} needs CUDA tensors, got {tensor.device}")
+    if tensor.dtype == torch.float64:
+        raise BackendUnavailable(f"{operation}: backend {backend!r} has no float64; use 'torch' or 'reference'")
+    if not fits:
+        raise BackendUnavailable(f"{operation}: backend {backend!r} cannot take this call: {unfit}")
+    return backend

@@ -1,0 +1,107 @@
+"""`mmm4rec evaluate`."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmm4rec_cli.commands.invocation import Invocation, Result, command
+
+if TYPE_CHECKING:
+    from mmm4rec_cli.runs import Run
+    from mmm4rec_cli.settings import Settings
+
+
+class Split(StrEnum):
+    """Which held-out elements are ranked."""
+
+    valid = "valid"
+    test = "test"
+
+
+@command("mmm4rec evaluate", "mmm4rec evaluate --run 3fa9c1 --split valid --k 1,5,10 --mask-seen")
+def evaluate(
+    invocation: Invocation,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            help="fine-tuning run, or a published checkpoint with --domain",
+            metavar="RUN|FILE",
+            show_default="the newest finished run",
+        ),
+    ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(help="what a published checkpoint was trained on", metavar="NAME", show_default="the run's"),
+    ] = None,
+    split: Annotated[Split, typer.Option(help="which held-out elements are ranked")] = Split.test,
+    k: Annotated[
+        str | None, typer.Option(help="cut-offs, comma-separated", show_default="evaluate.k = 10,20,50")
+    ] = None,
+    mask_seen: Annotated[
+        bool, typer.Option("--mask-seen", help="hide the items of the history (never the target)")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N", show_default="runtime.device = auto")
+    ] = None,
+) -> Result:
+    """Rank the whole catalogue for every user and measure where the target stands."""
+    from mmm4rec_cli.console import metric_table
+    from mmm4rec_cli.errors import RunError, UsageError
+    from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
+    from mmm4rec_cli.runs import find_run, newest_run
+    from mmm4rec_cli.settings import for_run
+
+    workspace, reporter = invocation.workspace, invocation.reporter
+    options = {"evaluate.k": k, "runtime.device": device}
+    if run is not None and Path(run).is_file():
+        found, settings = _adopted(invocation, Path(run), domain, options)
+    else:
+        run_or_none = find_run(workspace, run) if run is not None else newest_run(workspace, "finetune", domain)
+        if run_or_none is None:
+            raise RunError(
+                f"no finished fine-tuning run in {workspace.runs}",
+                hint=f"make one with: mmm4rec finetune --domain {domain or 'scientific'}",
+            )
+        found = run_or_none
+        if domain is not None and domain != found.about["domain"]:
+            raise UsageError(
+                f"--domain {domain}: run {found.id} is of {found.about['domain']}", hint="leave --domain out"
+            )
+        resolved = invocation.resolved(options=options)
+        settings = for_run(found.settings_document, resolved, run=found.id, reporter=reporter)
+    document = evaluate_run(workspace, found, settings, split=split.value, mask_seen=mask_seen, reporter=reporter)
+    rows = {"seen items hidden" if mask_seen else document["model"]: (document["metrics"], document.get("metrics_sd"))}
+    if mask_seen:
+        rows["all items"] = (document["metrics_unmasked"], None)
+    rows |= {name: (values, None) for name, values in document["yardsticks"].items()}
+    facts = (
+        f"{document['n_users']:,} users, {document['n_items']:,} items, ties {document['ties']}; "
+        f"{document['repeated_targets']:.1%} of the targets repeat an item of the history, "
+        f"{document['tied_targets']:.1%} share their time stamp with the event before"
+    )
+    return Result(document, metric_table(f"{document['domain']}, {split.value}; run {found.id}", rows), facts)
+
+
+def _adopted(
+    invocation: Invocation, file: Path, domain: str | None, options: Mapping[str, Any]
+) -> "tuple[Run, Settings]":
+    from mmm4rec_cli.data.dataset import encoder_at_hand, load_dataset
+    from mmm4rec_cli.data.domains import check_domain
+    from mmm4rec_cli.errors import UsageError
+    from mmm4rec_cli.evaluation.adopt import adopt_checkpoint, published_settings
+    from mmm4rec_cli.features.store import encoder_name
+
+    if domain is None:
+        raise UsageError(f"--run {file}: a checkpoint needs --domain", hint="name what it was trained on")
+    workspace = invocation.workspace
+    check_domain(workspace, domain)
+    resolved = invocation.resolved(domain=domain, options=options)
+    settings = published_settings(file, resolved.settings)
+    if not resolved.is_set("features.encoder"):
+        features = encoder_at_hand(workspace, [domain], settings.features)
+        settings = settings.model_copy(update={"features": features})
+    dataset = load_dataset(workspace, [domain], encoder_name(settings.features))
+    return adopt_checkpoint(workspace, file, dataset, settings), settings

@@ -1,0 +1,63 @@
+"""What every model offers to training, evaluation and serving.
+
+Letters: B users in the batch, L places, D width of a user vector, V catalogue rows with padding row 0.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SequenceModel(nn.Module, ABC):
+    """A model whose score of an item is the product of a user vector with that item's row of one table.
+
+    Args:
+        padding_candidate: padding row 0 competes in the full loss (published behaviour Q11).
+        mask_duplicate_labels: the in-batch loss hides other rows that carry the same label.
+    """
+
+    reads_target_time: bool = False
+    """Whether windows carry the target's own time stamp behind a short history (published behaviour Q2)."""
+
+    def __init__(self, *, padding_candidate: bool, mask_duplicate_labels: bool) -> None:
+        super().__init__()
+        self.padding_candidate = padding_candidate
+        self.mask_duplicate_labels = mask_duplicate_labels
+
+    @abstractmethod
+    def forward(self, items_BL: Tensor, lengths_B: Tensor, timestamps_BL: Tensor) -> Tensor:
+        """User vectors [B, D]."""
+
+    @abstractmethod
+    def item_table(self, items: Tensor | None = None) -> Tensor:
+        """Rows [V, D] (or the rows of the given item ids), temperature divided out: score = user · row."""
+
+    def scores(self, user_BD: Tensor) -> Tensor:
+        """Scores [B, V] of every catalogue row; column 0 is padding and never a recommendation."""
+        return user_BD @ self.item_table().T
+
+    def loss(self, user_BD: Tensor, target_B: Tensor, in_batch: bool = False) -> Tensor:
+        """Mean cross-entropy of the targets, a scalar.
+
+        Args:
+            user_BD: user vectors.
+            target_B: item ids, int64, at least 1.
+            in_batch: candidates are the batch's own targets instead of the catalogue.
+        """
+        if in_batch:
+            return self._in_batch_loss(user_BD, target_B)
+        table_VD = self.item_table()
+        if self.padding_candidate:
+            return F.cross_entropy(user_BD @ table_VD.T, target_B)
+        return F.cross_entropy(user_BD @ table_VD[1:].T, target_B - 1)
+
+    def _in_batch_loss(self, user_BD: Tensor, target_B: Tensor) -> Tensor:
+        scores_BB = user_BD @ self.item_table(target_B).T
+        own_B = torch.arange(len(target_B), device=target_B.device)
+        if self.mask_duplicate_labels:
+            same_BB = target_B[:, None] == target_B[None, :]
+            same_BB = same_BB & (own_B[:, None] != own_B[None, :])
+            scores_BB = scores_BB.masked_fill(same_BB, float("-inf"))
+        return F.cross_entropy(scores_BB, own_B)

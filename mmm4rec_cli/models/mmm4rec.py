@@ -1,0 +1,175 @@
+"""MMM4Rec (arXiv 2506.02916): text and image streams, a shared SSD, a cross-modal SSD, filtered time streams.
+
+Letters: B users, L = T places (max_len), D width, V catalogue rows with padding row 0, F feature width, H heads.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmm4rec_cli.models import published
+from mmm4rec_cli.models.blocks import CrossModalLayer
+from mmm4rec_cli.models.interface import SequenceModel
+from mmm4rec_cli.models.time_stream import ObservedGaps, PublishedGaps
+from mmm4rec_cli.settings.schema import ModelSettings
+
+
+class ModalityInput(nn.Module):
+    """One modality's items: frozen features, a linear adapter, the item bias, the input norm.
+
+    Args:
+        config: the model section of the settings.
+        features_VF: float, row 0 zero (padding), a missing vector zero or filled as the settings say.
+        missing_V: bool, rows whose vector is missing and is to be learned (`features.missing = learned`), or None.
+    """
+
+    def __init__(self, config: ModelSettings, features_VF: Tensor, missing_V: Tensor | None) -> None:
+        super().__init__()
+        rows, width = features_VF.shape
+        self.features: Tensor
+        self.missing_rows: Tensor | None
+        self.register_buffer("features", features_VF, persistent=False)
+        self.register_buffer("missing_rows", missing_V, persistent=False)
+        if missing_V is not None:
+            present = features_VF[1:][~missing_V[1:]]
+            start = present.mean(0) if len(present) else torch.zeros(width, dtype=features_VF.dtype)
+            self.missing = nn.Parameter(start)
+        self.adapter = nn.Linear(width, config.hidden_size)
+        self.item_bias = nn.Parameter(torch.zeros(rows, config.hidden_size)) if config.item_bias else None
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+
+    def vectors(self, items: Tensor | None = None) -> Tensor:
+        """Item vectors [..., D] of the ids, or [V, D] of the whole catalogue: adapter plus item bias."""
+        features = self.features if items is None else F.embedding(items, self.features)
+        if self.missing_rows is not None:
+            rows = self.missing_rows if items is None else self.missing_rows[items]
+            features = torch.where(rows[..., None], self.missing, features)
+        vectors: Tensor = self.adapter(features)
+        if self.item_bias is not None:
+            vectors = vectors + (self.item_bias if items is None else F.embedding(items, self.item_bias))
+        return vectors
+
+    def forward(self, items_BL: Tensor) -> Tensor:
+        """The stream's start [B, L, D]."""
+        out: Tensor = self.norm(self.dropout(self.vectors(items_BL)))
+        return out
+
+
+class MMM4Rec(SequenceModel):
+    """The published network.
+
+    Args:
+        config: the settings' frozen model section.
+        text_features: [V, F_text], float; row 0 is padding and zero.
+        image_features: [V, F_image], float; row 0 is padding and zero.
+        text_missing: bool [V], rows whose text vector is to be learned, or None.
+        image_missing: bool [V], the same for images.
+
+    Raises:
+        ValueError: the two tables differ in their number of rows.
+    """
+
+    def __init__(
+        self,
+        config: ModelSettings,
+        text_features: Tensor,
+        image_features: Tensor,
+        *,
+        text_missing: Tensor | None = None,
+        image_missing: Tensor | None = None,
+    ) -> None:
+        super().__init__(padding_candidate=config.padding_candidate, mask_duplicate_labels=config.mask_duplicate_labels)
+        if len(text_features) != len(image_features):
+            raise ValueError(
+                f"text_features and image_features must have the same number of rows, "
+                f"got {len(text_features)} and {len(image_features)}"
+            )
+        self.config = config
+        self.reads_target_time = config.time == "published"
+        self.text = ModalityInput(config, text_features, text_missing)
+        self.image = ModalityInput(config, image_features, image_missing)
+        self.gaps: PublishedGaps | ObservedGaps | None = None
+        if config.time == "published":
+            self.gaps = PublishedGaps(config.max_len, config.time_dropout, config.norm_eps)
+        elif config.time == "observed":
+            self.gaps = ObservedGaps(config.max_len, config.time_dropout)
+        self.layers = nn.ModuleList(CrossModalLayer(config) for _ in range(config.num_layers))
+        self.fusion_weight: nn.Parameter | None = None
+        if config.fusion != "static":
+            rows = (len(text_features),) if config.fusion == "instance" else ()
+            self.fusion_weight = nn.Parameter(torch.zeros(*rows, 2))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, items_BL: Tensor, lengths_B: Tensor, timestamps_BL: Tensor) -> Tensor:
+        """User vectors [B, D].
+
+        Args:
+            items_BL: int64 item ids, right-padded with 0; L = max_len.
+            lengths_B: int64, real places, at least 1.
+            timestamps_BL: int64 Unix seconds. With `time = published` the target's stamp stands behind a history
+                shorter than max_len, then zeros; with `observed` only the first `length` stamps are read.
+
+        Raises:
+            ValueError: L is not max_len.
+        """
+        if items_BL.shape[1] != self.config.max_len:
+            raise ValueError(f"items_BL must be [B, {self.config.max_len}] (max_len), got {tuple(items_BL.shape)}")
+        image_BLD = self.image(items_BL)
+        text_BLD = self.text(items_BL)
+        text_BHT = image_BHT = None
+        if self.gaps is not None:
+            gaps_BT = self.gaps.gaps(timestamps_BL, lengths_B)
+            image_BHT = self._stream(gaps_BT, lengths_B)
+            text_BHT = self._stream(gaps_BT, lengths_B)
+        for layer in self.layers:
+            text_BLD, image_BLD, text_BHT, image_BHT = layer(text_BLD, image_BLD, text_BHT, image_BHT)
+        last_B11 = (lengths_B - 1)[:, None, None].expand(-1, 1, image_BLD.shape[-1])
+        user_BD: Tensor = image_BLD.gather(1, last_B11).squeeze(1)
+        return user_BD
+
+    def _stream(self, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        assert self.gaps is not None
+        stream_BT: Tensor = self.gaps(gaps_BT, lengths_B)
+        return stream_BT[:, None, :].expand(-1, self.config.n_heads, -1)
+
+    def normalised_items(self, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Text and image vectors [V, D] each, every row divided by max(its length, 1e-12)."""
+        text, image = (F.normalize(m.vectors(items), dim=-1, eps=1e-12) for m in (self.text, self.image))
+        return text, image
+
+    def fusion_factors(self, items: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
+        """Weights of the text and the image score: 1 and 1, two scalars, or two columns [V, 1]."""
+        if self.fusion_weight is None:
+            return 1.0, 1.0
+        weight: Tensor = self.fusion_weight
+        if weight.dim() == 2 and items is not None:
+            weight = weight[items]
+        text, image = torch.split(weight.softmax(-1), 1, dim=-1)
+        return text, image
+
+    def item_table(self, items: Tensor | None = None) -> Tensor:
+        """Weighted sum of both modalities' normalised rows over the temperature, [V, D] (spec 4)."""
+        text, image = self.normalised_items(items)
+        text_weight, image_weight = self.fusion_factors(items)
+        return (text_weight * text + image_weight * image) / self.config.temperature
+
+    def load_published(self, state_dict: Mapping[str, Tensor]) -> published.LoadReport:
+        """Take weights under their published names; see `mmm4rec_cli.models.published` for the map.
+
+        Returns:
+            which published keys were missing, and which given keys have no place here.
+
+        Raises:
+            ValueError: a tensor's shape does not fit, all of them named.
+        """
+        return published.load(self, state_dict)
+
+    def published_state(self) -> dict[str, Tensor]:
+        """The weights under their published names and in their published shapes."""
+        return published.export(self)

@@ -1,0 +1,138 @@
+"""The time streams of MMM4Rec: how gaps between events enter, scale step sizes and are filtered.
+
+Letters: B users, T places (max_len), H heads, F = T // 2 + 1 bins of the real Fourier transform.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmm4rec_kernels import causal_conv1d
+
+
+class CausalConv(nn.Module):
+    """Weights of a causal depthwise convolution, `weight` [C, taps] and `bias` [C]; always followed by SiLU."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(taps)
+        self.weight = nn.Parameter(torch.empty(channels, taps).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        """SiLU of the convolution over L; [B, L, C] in and out."""
+        return causal_conv1d(x_BLC, self.weight, self.bias, activation="silu")
+
+
+class PublishedGaps(nn.Module):
+    """Gaps over all places, padding included, normalised over the places (published behaviour Q2 to Q4).
+
+    Behind the last stamp come zeros, so one difference is about minus the present Unix time; it dominates the norm.
+    Dropout acts on raw seconds before it.
+    """
+
+    def __init__(self, max_len: int, dropout: float, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(max_len))
+        self.bias = nn.Parameter(torch.zeros(max_len))
+        self.dropout = nn.Dropout(dropout)
+        self.eps = eps
+
+    def gaps(self, timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """Differences [B, T] in seconds, subtracted as integers; 0 at the first place."""
+        return torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).to(self.weight.dtype)
+
+    def forward(self, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """One draw of the stream [B, T]."""
+        return F.layer_norm(self.dropout(gaps_BT), gaps_BT.shape[1:], self.weight, self.bias, self.eps)
+
+
+class ObservedGaps(nn.Module):
+    """Only gaps between observed events, on a fixed logarithmic scale.
+
+    u = (ln(1 + seconds) - ln(3601)) / 4: two events in the same second give -2.0, an hour 0, a day 0.8, a year 2.3.
+    The scale does not depend on the other gaps of the sequence, so no huge value erases the rest, an absolute length
+    of time means the same in every history, and all gaps equal is no special case. The first place, which has no gap,
+    and the places behind the last event are 0, whatever stamps stand there; the target's time is never read.
+    Dropout hides a gap by setting u to 0, "unknown". Each place has its own trained scale and shift, as published.
+    """
+
+    centre = math.log1p(3600.0)
+    spread = 4.0
+
+    def __init__(self, max_len: int, dropout: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(max_len))
+        self.bias = nn.Parameter(torch.zeros(max_len))
+        self.dropout = nn.Dropout(dropout)
+
+    def gaps(self, timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """U [B, T], 0 where there is no gap between two observed events."""
+        seconds_BT = torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).clamp(min=0)
+        u_BT = (torch.log1p(seconds_BT.to(torch.float64)) - self.centre) / self.spread
+        place_T = torch.arange(timestamps_BT.shape[1], device=timestamps_BT.device)
+        real_BT = (place_T > 0) & (place_T < lengths_B[:, None])
+        return torch.where(real_BT, u_BT, 0.0).to(self.weight.dtype)
+
+    def forward(self, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """One draw of the stream [B, T]."""
+        place_T = torch.arange(gaps_BT.shape[1], device=gaps_BT.device)
+        stream_BT = self.dropout(gaps_BT) * self.weight + self.bias
+        return torch.where(place_T < lengths_B[:, None], stream_BT, 0.0)
+
+
+class TimeFactor(nn.Module):
+    """The factor w [B, H, T] that a stream puts on a block's step sizes (spec 3.5)."""
+
+    def __init__(self, n_heads: int, max_len: int, taps: int, dropout: float) -> None:
+        super().__init__()
+        self.mlp_in = nn.Linear(max_len, max_len)
+        self.mlp_out = nn.Linear(max_len, max_len)
+        self.conv_in = CausalConv(n_heads, taps)
+        self.conv_out = CausalConv(n_heads, taps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, stream_BHT: Tensor) -> Tensor:
+        """Tanhshrink of a two-layer map over places times the stream, through two convolutions."""
+        scale_BHT: Tensor = F.tanhshrink(self.mlp_out(F.silu(self.mlp_in(self.dropout(stream_BHT)))))
+        w_BTH: Tensor = self.conv_out(self.conv_in((scale_BHT * stream_BHT).transpose(1, 2)))
+        return w_BTH.transpose(1, 2)
+
+
+class ComplexLinear(nn.Module):
+    """A complex map over Fourier bins made of two real linears, biases on both parts (published behaviour Q7).
+
+    (a + jb) -> (R a + rho - J b - iota) + j (J a + iota + R b + rho); the bias is (rho - iota) + j (rho + iota).
+    """
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.real = nn.Linear(bins, bins)
+        self.imag = nn.Linear(bins, bins)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Complex [..., F] in and out."""
+        real = self.real(x.real) - self.imag(x.imag)
+        imag = self.imag(x.real) + self.real(x.imag)
+        return torch.complex(real, imag)
+
+
+class FourierFilter(nn.Module):
+    """Filters both streams by maps of their own spectra and joins them (spec 3.9, step 2)."""
+
+    def __init__(self, max_len: int) -> None:
+        super().__init__()
+        bins = max_len // 2 + 1
+        self.image = ComplexLinear(bins)
+        self.text = ComplexLinear(bins)
+        self.joint = ComplexLinear(bins)
+
+    def forward(self, image_BHT: Tensor, text_BHT: Tensor) -> Tensor:
+        """The joint stream [B, H, T]; the given ones are left as they are."""
+        image = torch.fft.rfft(image_BHT, norm="ortho")
+        text = torch.fft.rfft(text_BHT, norm="ortho")
+        joint = self.joint(self.image(image) * image + self.text(text) * text)
+        filtered: Tensor = torch.fft.irfft(joint, n=image_BHT.shape[-1], norm="ortho")
+        return filtered

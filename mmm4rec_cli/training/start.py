@@ -1,0 +1,148 @@
+"""Open a run: a new one, the interrupted one that the same command left behind, or the one asked for."""
+
+import fcntl
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mmm4rec_cli import __version__
+from mmm4rec_cli.data.dataset import Dataset
+from mmm4rec_cli.errors import RunError
+from mmm4rec_cli.reporter import Reporter
+from mmm4rec_cli.runs import Run, all_runs, new_run, save_catalogue
+from mmm4rec_cli.settings.schema import Settings
+from mmm4rec_cli.training.log import LoggedReporter
+from mmm4rec_cli.workspace import Workspace
+
+TRAINED_WITH = ("protocol", "data", "features", "model", "pretrain", "finetune")
+"""Sections that belong to a run; `evaluate` and `runtime` belong to the invocation."""
+
+
+def identity(command: str, dataset: Dataset, model: str, seeds: list[int], pretrained: str | None) -> dict[str, Any]:
+    """What makes two trainings the same one, besides their settings."""
+    return {
+        "command": command,
+        "domain": dataset.name,
+        "domains": list(dataset.domains),
+        "model": model,
+        "seeds": seeds,
+        "pretrained": pretrained,
+        "encoder": dataset.encoder,
+        "encoder_fingerprint": dataset.features.fingerprint,
+        "data_fingerprint": dataset.fingerprint,
+    }
+
+
+def open_run(
+    workspace: Workspace, dataset: Dataset, settings: Settings, about: Mapping[str, Any], resume: Run | None
+) -> Run:
+    """The run to train in.
+
+    Args:
+        workspace: where runs lie.
+        dataset: what is trained on.
+        settings: resolved settings; with `resume` those of the run.
+        about: see `identity`.
+        resume: the run that was asked for, or None: an unfinished run of the same identity and settings that nobody
+            trains in is gone on with, else a new one is made.
+
+    Raises:
+        RunError: the run is finished, or of other data, features or seeds.
+    """
+    document = settings.model_dump(mode="json")
+    if resume is not None:
+        _check_resumable(resume, about)
+        return resume
+    for run in all_runs(workspace, about["command"], dataset.name):
+        if not run.finished and run.about == about and _same(run.settings_document, document) and _free(run):
+            if _has_state(run):
+                return run
+            break
+    run = new_run(workspace, about["command"], dataset.name)
+    run.write("settings.json", document)
+    save_catalogue(run.path / "catalogue.parquet", dataset.raw_item_ids)
+    run.write("run.json", dict(about))
+    return run
+
+
+def seed_run(group: Run, seed: int, settings: Settings, dataset: Dataset) -> Run:
+    """The folder of one seed in a run over several, as whole as any run's."""
+    run = Run(group.path / f"seed-{seed}")
+    if not (run.path / "run.json").is_file():
+        run.path.mkdir(exist_ok=True)
+        run.write("settings.json", settings.model_dump(mode="json"))
+        save_catalogue(run.path / "catalogue.parquet", dataset.raw_item_ids)
+        run.write("run.json", {**group.about, "seeds": [seed]})
+    return run
+
+
+def _same(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return all(old.get(name) == new[name] for name in TRAINED_WITH)
+
+
+def _has_state(run: Run) -> bool:
+    return any(run.path.glob("**/state/training.safetensors")) or any(run.path.glob("seed-*/result.json"))
+
+
+def _check_resumable(run: Run, about: Mapping[str, Any]) -> None:
+    if run.finished:
+        raise RunError(f"run {run.id} is finished", hint="leave --resume away to train again")
+    old = run.about
+    names = {"data_fingerprint": "data", "encoder_fingerprint": "item vectors", "domain": "domain", "model": "model"}
+    wrong = [what for key, what in names.items() if old.get(key) != about[key]]
+    if wrong:
+        raise RunError(
+            f"run {run.id} was started on other {' and '.join(wrong)}",
+            hint="resume on what it was started on, or start a new run without --resume",
+        )
+
+
+def _free(run: Run) -> bool:
+    try:
+        with _locked(run):
+            return True
+    except RunError:
+        return False
+
+
+@contextmanager
+def _locked(run: Run) -> Iterator[None]:
+    handle = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"run {run.id} is being trained by another process", hint="wait for it, or start a new run"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def training_in(run: Run, reporter: Reporter) -> Iterator[LoggedReporter]:
+    """Hold the run's lock and log to its `output.log`.
+
+    Raises:
+        RunError: another process trains in it.
+    """
+    with _locked(run):
+        yield LoggedReporter(reporter, run.path / "output.log")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions for `result.json`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "hardware": {"device": device.type, "name": name, "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {
+            "mmm4rec": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }

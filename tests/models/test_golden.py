@@ -1,0 +1,217 @@
+"""The model against the published implementation's own numbers (float64, and float32 within its deviation)."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmm4rec_cli.models.mmm4rec import MMM4Rec
+from mmm4rec_cli.models.published import published_name
+from mmm4rec_cli.settings import Settings
+from mmm4rec_kernels.block import composed
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+VARIANTS = ["", "_layers1", "_notime", "_dynshared", "_nobias", "_p2p"]
+FUSION = {"static": "static", "dynamic_shared": "shared", "dynamic_instance": "instance"}
+
+
+class Golden:
+    def __init__(self, variant: str) -> None:
+        base = load_file(GOLDEN / "golden_small.safetensors")
+        self.meta = json.loads((GOLDEN / f"golden_small{variant}.json").read_text())
+        self.tensors = {k: v for k, v in base.items() if k.startswith("param/")}
+        self.tensors |= load_file(GOLDEN / f"golden_small{variant}.safetensors")
+        config = self.meta["config"]
+        time = "published" if config["is_time"] else "none"
+        names = ["hidden_size", "inner_size", "num_layers", "d_state", "n_groups", "d_conv", "expand", "head_dim"]
+        section = {name: config[name] for name in [*names, "max_len", "temperature"]}
+        section |= {
+            "norm_eps": float(config["norm_eps"]),
+            "feed_forward": config["is_ffn"],
+            "point_time_gate": config["p2p_residual"],
+            "item_bias": config["is_modality_bias"],
+            "fusion": FUSION[config["item_mm_fusion"]],
+            "time": time,
+            **dict.fromkeys(["dropout", "embedding_dropout", "time_dropout"], 0.0),
+        }
+        self.config = Settings.model_validate({"protocol": "published", "model": section}).model
+
+    def model(self, dtype: torch.dtype) -> MMM4Rec:
+        features = [self.tensors[f"param/{name}"].to(dtype) for name in ("text_embedding", "vision_embedding")]
+        model = MMM4Rec(self.config, *features).to(dtype)
+        report = model.load_published({k[6:]: v for k, v in self.tensors.items() if k.startswith("param/")})
+        assert report.missing == ()
+        allowed = () if self.meta["name"] == "golden_small" else ("layers.1.", "time", "complex", "bias", "fusion")
+        assert all(any(part in key for part in allowed) for key in report.unexpected)
+        return model
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tensors["in/item_seq"], self.tensors["in/item_seq_len"], self.tensors["in/time_stamps"]
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: v.strip("_") or "base")
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param)
+
+
+def deviation(got: Tensor, want: Tensor) -> float:
+    """The larger of ‖Δ‖/‖want‖ and max|Δ|/max|want|."""
+    got, want = got.detach().double(), want.double()
+    delta = got - want
+    return max(float(delta.norm() / want.norm()), float(delta.abs().max() / want.abs().max()))
+
+
+def recorded(model: MMM4Rec, golden: Golden, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the model once and gather the intermediates under the golden files' keys."""
+    calls: dict[str, list] = defaultdict(list)
+
+    def keep(name: str):
+        return lambda module, inputs, output: calls[name].append(output)
+
+    for name in ("text", "image"):
+        part = getattr(model, name)
+        part.adapter.register_forward_hook(keep(f"{name}.adapter"))
+        part.register_forward_hook(keep(f"{name}.in"))
+    if model.gaps is not None:
+        model.gaps.register_forward_pre_hook(lambda module, inputs: calls["gaps.raw"].append(inputs[0]))
+        model.gaps.register_forward_hook(keep("gaps.ln"))
+    for i, layer in enumerate(model.layers):
+        for part in ("ssd", "cross_ssd", "text_norm", "image_norm", "cross_norm", "text_ffn", "image_ffn", "filter"):
+            module = getattr(layer, part)
+            if module is not None:
+                module.register_forward_hook(keep(f"{i}.{part}"))
+        layer.register_forward_hook(keep(f"{i}"))
+    scan = composed.ssd
+
+    def recording_scan(x, dt, *args, **kwargs):
+        y = scan(x, dt, *args, **kwargs)
+        calls["scan"].append((dt, y))
+        return y
+
+    monkeypatch.setattr(composed, "ssd", recording_scan)
+    user = model(*golden.inputs())
+
+    mid: dict[str, Tensor] = {}
+    for ours, theirs in (("image", "vision"), ("text", "text")):
+        mid[f"{theirs}_adapter_seq"] = calls[f"{ours}.adapter"][0]
+        mid[f"{theirs}_emb_sum"] = getattr(model, ours).vectors(golden.inputs()[0])
+        mid[f"{theirs}_in"] = calls[f"{ours}.in"][0]
+    if model.gaps is not None:
+        mid["time_diff_raw"], mid["time_diff_ln"] = calls["gaps.raw"][0], calls["gaps.ln"][0]
+    scans = iter(calls["scan"])
+    for i in range(len(model.layers)):
+        for block in ("enc.ssd", "dec.ssd", "dec.co_ssd"):
+            mid[f"L{i}.{block}.kernel.dt"], mid[f"L{i}.{block}.kernel.y"] = next(scans)
+        (mid[f"L{i}.enc.ssd_out"], enc_time), (mid[f"L{i}.dec.ssd_out"], dec_time) = calls[f"{i}.ssd"]
+        mid[f"L{i}.enc.ssd_time_out"] = mid[f"L{i}.encoder_time_out"] = enc_time
+        mid[f"L{i}.dec.ssd_time_out"] = mid[f"L{i}.decoder_time_out"] = dec_time
+        mid[f"L{i}.enc.after_ssd_norm"] = calls[f"{i}.text_norm"][0]
+        mid[f"L{i}.encoder_out"] = calls[f"{i}.text_ffn"][0]
+        mid[f"L{i}.dec.after_ssd_norm"] = calls[f"{i}.image_norm"][0]
+        mid[f"L{i}.dec.co_time"] = calls[f"{i}.filter"][0] if calls[f"{i}.filter"] else None
+        mid[f"L{i}.dec.co_ssd_out"] = calls[f"{i}.cross_ssd"][0]
+        mid[f"L{i}.dec.after_co_norm"] = calls[f"{i}.cross_norm"][0]
+        mid[f"L{i}.decoder_out"] = calls[f"{i}.image_ffn"][0]
+    return user, mid
+
+
+def outputs(model: MMM4Rec, golden: Golden, user: Tensor) -> dict[str, Tensor]:
+    labels = golden.tensors["in/labels"]
+    text, image = model.normalised_items()
+    return {
+        "seq_output": user,
+        "scores": model.scores(user),
+        "text_item_normed": text,
+        "vision_item_normed": image,
+        "loss_full": model.loss(user, labels),
+        "scores_inbatch": user @ model.item_table(labels).T,
+        "loss_inbatch": model.loss(user, labels, in_batch=True),
+    }
+
+
+def gradients(model: MMM4Rec, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    grads = {}
+    for name, parameter in model.named_parameters():
+        key = published_name(name)
+        assert key is not None
+        assert parameter.grad is not None, name
+        grads[key] = parameter.grad.unsqueeze(1) if "conv1d" in key and parameter.dim() == 2 else parameter.grad
+    return grads
+
+
+def test_float64_outputs_and_intermediates_equal_the_published_ones(golden, monkeypatch):
+    model = golden.model(torch.float64).eval()
+    user, mid = recorded(model, golden, monkeypatch)
+    got = {f"out/{k}": v for k, v in outputs(model, golden, user).items()} | {f"mid/{k}": v for k, v in mid.items()}
+    wanted = {k: v for k, v in golden.tensors.items() if k.startswith(("out/", "mid/")) and v.is_floating_point()}
+    assert wanted.keys() <= got.keys()
+    assert max(deviation(got[key], want) for key, want in wanted.items()) < 1e-9
+    ranks = (got["out/scores"] > got["out/scores"].gather(1, golden.tensors["in/labels"][:, None])).sum(1)
+    assert torch.equal(ranks, golden.tensors["out/label_rank0"])
+
+
+def test_float64_gradients_equal_the_published_ones(golden):
+    model = golden.model(torch.float64).eval()
+    user = model(*golden.inputs())
+    losses = outputs(model, golden, user)
+    for kind, loss in (("grad/", losses["loss_full"]), ("grad_inbatch/", losses["loss_inbatch"])):
+        wanted = {k.removeprefix(kind): v for k, v in golden.tensors.items() if k.startswith(kind)}
+        if not wanted:
+            continue
+        got = gradients(model, loss)
+        assert wanted.keys() <= got.keys()
+        # The golden gradients are stored as float32.
+        worst = {name: deviation(got[name], want) for name, want in wanted.items() if want.abs().max() > 0}
+        assert max(worst.values()) < 1e-6, max(worst, key=worst.get)
+
+
+def test_float32_stays_within_a_few_times_the_published_float32_deviation(golden):
+    model = golden.model(torch.float32).eval()
+    with torch.no_grad():
+        got = outputs(model, golden, model(*golden.inputs()))
+    allowed = golden.meta["float32_deviation_of_reference_from_its_own_float64_run"]
+    for name, value in got.items():
+        want = golden.tensors[f"out/{name}"]
+        error = float((value.double() - want).abs().max())
+        rounding = 2 * torch.finfo(torch.float32).eps * float(want.abs().max())  # a scalar can be luckily exact
+        assert error <= 5 * allowed[name] + rounding, name
+
+
+@pytest.mark.parametrize("wrong", ["skip", "crossed"])
+def test_a_wrong_model_fails_the_golden_check(wrong, monkeypatch):
+    golden = Golden("")
+    if wrong == "skip":
+        scan = composed.ssd
+        monkeypatch.setattr(composed, "ssd", lambda *a, skip, **k: scan(*a, skip="x", **k))
+    model = golden.model(torch.float64).eval()
+    if wrong == "crossed":
+        for layer in model.layers:
+            layer.filter.image, layer.filter.joint = layer.filter.joint, layer.filter.image
+    with torch.no_grad():
+        user = model(*golden.inputs())
+    assert deviation(user, golden.tensors["out/seq_output"]) > 1e-3
+
+
+def test_published_names_round_trip_exactly(golden):
+    model = golden.model(torch.float32)
+    state = model.published_state()
+    other = MMM4Rec(golden.config, torch.zeros_like(model.text.features), torch.zeros_like(model.image.features))
+    report = other.load_published(state)
+    assert report.missing == report.unexpected == ()
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+    for alias, name in golden.meta["aliases"].items():
+        assert state[alias] is state[name]
+
+
+def test_weights_of_another_width_are_refused_by_name():
+    golden = Golden("")
+    model = golden.model(torch.float32)
+    state = model.published_state() | {"text_adapter.0.weight": torch.zeros(32, 99)}
+    with pytest.raises(ValueError, match=r"text_adapter\.0\.weight.*\[32, 99\].*\[32, 24\]"):
+        model.load_published(state)
