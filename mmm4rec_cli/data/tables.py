@@ -209,9 +209,11 @@ def write_images(
 
 def image_entry(workspace: Workspace, path: str | Path) -> str:
     """How items.parquet names a picture: relative to the workspace if it lies inside it, else absolute."""
-    root = workspace.root.absolute()
-    absolute = root / path
-    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(absolute)
+    absolute = workspace.root.absolute() / path
+    for root in (workspace.root.absolute(), workspace.root.resolve()):
+        if absolute.is_relative_to(root):
+            return absolute.relative_to(root).as_posix()
+    return str(absolute)
 
 
 def read_manifest(workspace: Workspace, domain: str) -> dict[str, Any]:

@@ -1,0 +1,497 @@
+"""Interactions: read, cleaned in the published order, brought into order (paper section 5.1; published behaviour)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from mmm4rec_cli.data import raw
+from mmm4rec_cli.data.columns import ITEM_ID, TIMESTAMP, USER_ID
+from mmm4rec_cli.errors import DataError
+from mmm4rec_cli.settings.schema import Columns
+
+Unit = Literal["auto", "s", "ms", "iso"]
+
+LATEST = 4_102_444_800
+"""2100-01-01 in Unix seconds: what lies beyond is no time in seconds."""
+
+AMAZON_COLUMNS = (ITEM_ID, USER_ID, "rating", TIMESTAMP)
+"""The columns of Amazon's ratings files, which have no header."""
+
+_ISO = (
+    r"^\s*(?P<date>\d{4}-\d{2}-\d{2})"
+    r"(?:[T ](?P<hour>\d{2}):(?P<minute>\d{2})(?::(?P<second>\d{2})(?:[.,](?P<fraction>\d{1,9}))?)?"
+    r"\s*(?P<zone>Z|[+-]\d{2}(?::?\d{2})?)?)?\s*$"
+)
+_AMAZON_HINT = "fetch the file anew, or mend or remove that line"
+_OWN_HINT = "mend the table, or name its columns with --set data.columns.user_id=NAME (item_id, timestamp alike)"
+
+
+@dataclass(frozen=True)
+class Log:
+    """Interactions in the order of the raw file; n rows.
+
+    Attributes:
+        user: uint32 [n], index into `users`.
+        item: uint32 [n], index into `items`.
+        time: int64 [n], time since 1970 in `ticks` a second.
+        rating: float64 [n], used for nothing but telling exact duplicates; None if the source has none.
+        users: raw user ids, sorted by code point; some may have no rows.
+        items: raw item ids, likewise.
+        ticks: 1 (seconds) or 1000 (milliseconds).
+    """
+
+    user: npt.NDArray[np.uint32]
+    item: npt.NDArray[np.uint32]
+    time: npt.NDArray[np.int64]
+    rating: npt.NDArray[np.float64] | None
+    users: pl.Series
+    items: pl.Series
+    ticks: int = 1
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def rows(self, which: npt.NDArray[Any]) -> "Log":
+        """The rows that a mask or an index array names."""
+        rating = None if self.rating is None else self.rating[which]
+        return replace(self, user=self.user[which], item=self.item[which], time=self.time[which], rating=rating)
+
+    def counts(self) -> dict[str, int]:
+        """Users, items and rows."""
+        users = np.count_nonzero(np.bincount(self.user, minlength=1))
+        items = np.count_nonzero(np.bincount(self.item, minlength=1))
+        return {"users": int(users), "items": int(items), "rows": len(self)}
+
+    def item_names(self) -> pl.Series:
+        """The raw ids of the items that have rows, sorted."""
+        return self.items.filter(pl.Series(np.bincount(self.item, minlength=len(self.items)) > 0))
+
+
+def read_ratings(path: Path, hint: str) -> Log:
+    """Read a ratings file of Amazon Review 2018: `item,user,rating,timestamp` without a header, times in seconds.
+
+    Args:
+        path: the file.
+        hint: what to do if it is not there.
+
+    Raises:
+        DataError: missing, empty, not UTF-8, or a row is broken; the first one is named.
+    """
+    raw.require_file(path, hint)
+    frame = _read_csv(path, AMAZON_COLUMNS, {"rating": raw.a_number, TIMESTAMP: raw.whole_seconds}, _AMAZON_HINT)
+    time = frame[TIMESTAMP].cast(pl.Int64).to_numpy()
+    locate = _csv_locator(path, header=False)
+    _check_range(time, 1, path, locate, _AMAZON_HINT, mixed=False)
+    return _log(frame, time, 1, path, locate, _AMAZON_HINT)
+
+
+def read_own_interactions(path: Path, columns: Columns, unit: Unit) -> tuple[Log, list[str]]:
+    """Read a user's own interactions from csv, parquet or jsonl.
+
+    Args:
+        path: the file; its ending tells the format.
+        columns: the names of its columns. A CSV file without them whose rows look like Amazon's is read as such.
+        unit: unit of the times, or "auto": milliseconds if the median is beyond the year 2100 in seconds; ISO 8601
+            dates if the values are no numbers (without a zone: UTC).
+
+    Returns:
+        The interactions, and what was found out about the file, one line each.
+
+    Raises:
+        DataError: missing, empty, unknown format, a column missing, or a row broken; the first one is named.
+    """
+    raw.require_file(path, "give the table of interactions with --interactions FILE")
+    names = {columns.user_id: USER_ID, columns.item_id: ITEM_ID, columns.timestamp: TIMESTAMP}
+    notes: list[str] = []
+    match format_of(path):
+        case "csv":
+            first = raw.first_record(path, _OWN_HINT)
+            header = not (set(names) - set(first)) or not _looks_amazon(first)
+            if header:
+                require_columns(path, first, names, _OWN_HINT)
+                order = [names.get(name, f"{place}: {name}") for place, name in enumerate(first)]
+                checks: dict[str, raw.Check] = {TIMESTAMP: _a_time}
+            else:
+                notes.append(f"{path}: no header; read in Amazon's order item,user,rating,timestamp")
+                order, checks = list(AMAZON_COLUMNS), {"rating": raw.a_number, TIMESTAMP: _a_time}
+            frame = _read_csv(path, order, checks, _OWN_HINT, header=header)
+            locate = _csv_locator(path, header=header)
+        case "parquet":
+            frame = read_parquet(path, names, _OWN_HINT, ids=(USER_ID, ITEM_ID))
+            locate = _row_name
+        case "jsonl":
+            frame = read_jsonl(path, names, (), _OWN_HINT)
+            locate = _line_locator(frame[raw.LINE])
+    for name in (USER_ID, ITEM_ID, TIMESTAMP):
+        missing = frame[name].is_null()
+        if missing.any():
+            raise DataError(f"{path}, {locate(int(missing.arg_max() or 0))}: no {name}", hint=_OWN_HINT)
+    time, ticks, what = _times(frame[TIMESTAMP], unit, path, locate)
+    notes.append(f"{path}: timestamps read as {what}")
+    return _log(frame, time, ticks, path, locate, _OWN_HINT), notes
+
+
+def format_of(path: Path) -> Literal["csv", "parquet", "jsonl"]:
+    """The format that a file's ending stands for; DataError for an unknown one."""
+    match path.suffix.lower():
+        case ".csv":
+            return "csv"
+        case ".parquet" | ".pq":
+            return "parquet"
+        case ".jsonl" | ".ndjson":
+            return "jsonl"
+    raise DataError(f"{path}: unknown format {path.suffix!r}", hint="give a .csv, .parquet or .jsonl file")
+
+
+def require_columns(path: Path, found: Sequence[str], names: dict[str, str], hint: str) -> None:
+    """Raise DataError if a column of `names` (name in the file -> our name) is not among those found, or is twice."""
+    problems = [
+        f"{path}: column {name!r} ({ours}) is missing; found {', '.join(map(repr, found))}"
+        for name, ours in names.items()
+        if name not in found
+    ]
+    problems += [f"{path}, line 1: column {name!r} occurs twice" for name in names if list(found).count(name) > 1]
+    if problems:
+        raise DataError(*problems, hint=hint)
+
+
+def read_parquet(path: Path, names: dict[str, str], hint: str, *, ids: Sequence[str]) -> pl.DataFrame:
+    """Read columns of a Parquet file under our names; ids become strings.
+
+    Raises:
+        DataError: not Parquet, a column missing, or ids that are neither strings nor whole numbers.
+    """
+    try:
+        found = pl.read_parquet_schema(path)
+        require_columns(path, list(found), names, hint)
+        frame = pl.read_parquet(path, columns=list(names)).rename(names)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({_first_line(error)})", hint=hint) from error
+    if not frame.height:
+        raise DataError(f"{path} has no rows", hint=hint)
+    for name in ids:
+        kind = frame.schema[name]
+        if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum)):
+            raise DataError(f"{path}: {name} is {kind}, not a string or a whole number", hint=hint)
+    return frame.with_columns(pl.col(*ids).cast(pl.String))
+
+
+def read_jsonl(path: Path, names: dict[str, str], lists: Sequence[str], hint: str) -> pl.DataFrame:
+    """Read fields of a file with one JSON object a line under our names, as strings (`lists`: as lists of strings).
+
+    Returns:
+        The fields and `line`, the number of the line.
+
+    Raises:
+        DataError: a line is no JSON object, or no line has a field.
+    """
+    fields: dict[str, Any] = {name: pl.List(pl.String) if ours in lists else pl.String for name, ours in names.items()}
+    batches = [
+        raw.decoded(batch, fields, literals=False, path=path, hint=hint) for batch in raw.line_batches(path, hint)
+    ]
+    batches = [batch for batch in batches if batch.height]
+    if not batches:
+        raise DataError(f"{path} has no rows", hint=hint)
+    frame = pl.concat(batches)
+    # A name may serve two of our columns' sources but never the line number.
+    return frame.select(raw.LINE, **{ours: pl.col(name) for name, ours in names.items()})
+
+
+def drop_exact_duplicates(log: Log) -> Log:
+    """Keep the first of rows that agree in user, item, rating and time."""
+    # An exact duplicate is a repeated pair, and few pairs repeat: only those rows are compared in full.
+    pair = pl.Series("pair", log.user.astype(np.uint64) * np.uint64(len(log.items)) + log.item)
+    in_order = pair.sort().to_numpy()
+    twice = in_order[1:][in_order[1:] == in_order[:-1]]
+    candidates = np.flatnonzero(pair.is_in(pl.Series(twice).unique().implode()).to_numpy())
+    again = log.rows(candidates)
+    columns = {"pair": pair.gather(candidates), "time": again.time, "row": candidates}
+    if again.rating is not None:
+        columns["rating"] = again.rating
+    same = [name for name in columns if name != "row"]
+    firsts = pl.DataFrame(columns).unique(subset=same, keep="first", maintain_order=True)["row"].to_numpy()
+    keep = np.ones(len(log), dtype=bool)
+    keep[candidates] = False
+    keep[firsts] = True
+    return log if keep.all() else log.rows(keep)
+
+
+def keep_items(log: Log, names: pl.Series) -> Log:
+    """Keep the rows whose item is among `names`."""
+    known = log.items.is_in(names.unique().implode()).to_numpy()
+    return log.rows(known[log.item])
+
+
+def k_core(log: Log, min_user: int, min_item: int) -> tuple[Log, int]:
+    """Drop rows of users and items that have too few, in rounds, until nothing changes.
+
+    A round counts users and items first and then drops every row with either count too small at once (published
+    behaviour, spec 7.2). Rows are counted, not distinct pairs.
+
+    Returns:
+        The rows left, and the number of rounds that dropped some.
+    """
+    rounds = 0
+    while len(log):
+        keep = np.bincount(log.user)[log.user] >= min_user
+        keep &= np.bincount(log.item)[log.item] >= min_item
+        if keep.all():
+            break
+        log = log.rows(keep)
+        rounds += 1
+    return log, rounds
+
+
+def in_order(log: Log) -> Log:
+    """Number the users and items that are left by their raw ids, and sort by user, then time, then file order."""
+    kept_users = np.flatnonzero(np.bincount(log.user, minlength=len(log.users)))
+    kept_items = np.flatnonzero(np.bincount(log.item, minlength=len(log.items)))
+    log = replace(
+        log,
+        user=_renumbered(kept_users, len(log.users))[log.user],
+        item=_renumbered(kept_items, len(log.items))[log.item],
+        users=log.users.gather(kept_users),
+        items=log.items.gather(kept_items),
+    )
+    frame = pl.DataFrame({"user": log.user, "time": log.time}).with_row_index("row")
+    return log.rows(frame.sort("user", "time", "row")["row"].to_numpy())
+
+
+def with_prefix(log: Log, prefix: str) -> Log:
+    """Put `prefix` before every raw id."""
+    return replace(log, users=prefix + log.users, items=prefix + log.items)
+
+
+def concatenated(logs: Sequence[Log]) -> Log:
+    """One log of several that share no user and no item."""
+    user_names, users = _merged([log.users for log in logs], [log.user for log in logs])
+    item_names, items = _merged([log.items for log in logs], [log.item for log in logs])
+    ticks = max(log.ticks for log in logs)
+    return Log(
+        user=users,
+        item=items,
+        time=np.concatenate([log.time * (ticks // log.ticks) for log in logs]),
+        rating=None,
+        users=user_names,
+        items=item_names,
+        ticks=ticks,
+    )
+
+
+def tied_rows(log: Log) -> int:
+    """Rows that have their time, in whole seconds, in common with another row of the same user."""
+    if not len(log):
+        return 0
+    order = pl.DataFrame({"user": log.user, "second": log.time // log.ticks}).sort("user", "second")
+    user, second = order["user"].to_numpy(), order["second"].to_numpy()
+    same = (user[1:] == user[:-1]) & (second[1:] == second[:-1])
+    return int(np.count_nonzero(np.append(same, False) | np.append(False, same)))
+
+
+def repeated_pairs(log: Log) -> int:
+    """Rows beyond the first of their (user, item) pair."""
+    pair = log.user.astype(np.uint64) * np.uint64(max(len(log.items), 1)) + log.item
+    return len(log) - pl.Series(pair).n_unique()
+
+
+def _merged(names: list[pl.Series], codes: list[npt.NDArray[np.uint32]]) -> tuple[pl.Series, npt.NDArray[np.uint32]]:
+    """All names sorted, and all codes as indices into them."""
+    together = pl.concat(names)
+    order = together.arg_sort()
+    place = np.empty(len(together), np.uint32)
+    place[order.to_numpy()] = np.arange(len(together), dtype=np.uint32)
+    starts = np.cumsum([0, *(len(part) for part in names)])
+    return together.gather(order), np.concatenate(
+        [place[start:][part] for start, part in zip(starts, codes, strict=False)]
+    )
+
+
+def _renumbered(kept: npt.NDArray[np.intp], size: int) -> npt.NDArray[np.uint32]:
+    new = np.zeros(size, np.uint32)
+    new[kept] = np.arange(len(kept), dtype=np.uint32)
+    return new
+
+
+def _read_csv(
+    path: Path, columns: Sequence[str], checks: dict[str, raw.Check], hint: str, *, header: bool = False
+) -> pl.DataFrame:
+    """Read ids as categories, the rating as a number and the time as it stands; refuse broken rows."""
+    whole = checks[TIMESTAMP] is raw.whole_seconds
+    exprs = [
+        pl.col(USER_ID, ITEM_ID).cast(pl.Categorical),
+        pl.col(TIMESTAMP).cast(pl.Int64, strict=False) if whole else pl.col(TIMESTAMP),
+    ]
+    if "rating" in checks:
+        exprs.append(pl.col("rating").cast(pl.Float64, strict=False))
+    checks = {USER_ID: raw.a_name, ITEM_ID: raw.a_name} | checks
+    return raw.read_csv(path, columns, exprs, checks, header=header, hint=hint)
+
+
+def _log(
+    frame: pl.DataFrame,
+    time: npt.NDArray[np.int64],
+    ticks: int,
+    path: Path,
+    locate: Callable[[int], str],
+    hint: str,
+) -> Log:
+    users, user = _coded(frame[USER_ID], path, locate, hint)
+    items, item = _coded(frame[ITEM_ID], path, locate, hint)
+    rating = frame["rating"].to_numpy() if "rating" in frame.columns else None
+    return Log(user, item, time, rating, users, items, ticks)
+
+
+def _coded(
+    ids: pl.Series, path: Path, locate: Callable[[int], str], hint: str
+) -> tuple[pl.Series, npt.NDArray[np.uint32]]:
+    """Distinct ids sorted by code point (Polars sorts by UTF-8 bytes, which is the same), and each row's place."""
+    categories = ids.cast(pl.Categorical)
+    distinct = categories.unique()
+    names = distinct.cast(pl.String).alias("name")
+    order = names.arg_sort().to_numpy()
+    physical = distinct.to_physical().to_numpy()
+    place = np.empty(int(physical.max()) + 1, np.uint32)
+    place[physical[order]] = np.arange(len(order), dtype=np.uint32)
+    codes = place[categories.to_physical().to_numpy()]
+    names = names.gather(order)
+    blank = np.flatnonzero((names.str.strip_chars() == "").to_numpy())
+    if len(blank):
+        row = int(np.flatnonzero(np.isin(codes, blank))[0])
+        raise DataError(f"{path}, {locate(row)}: {ids.name} is empty", hint=hint)
+    return names, codes
+
+
+def _looks_amazon(record: Sequence[str]) -> bool:
+    return len(record) == 4 and raw.a_number(record[2]) is None and _a_time(record[3]) is None
+
+
+def _a_time(field: str) -> str | None:
+    """Check of a time: a number, or an ISO 8601 date."""
+    if raw.a_number(field) is None or _iso_milliseconds(pl.Series([field]))[0] is not None:
+        return None
+    return f"{field!r} is neither a number nor an ISO 8601 date" if field.strip() else "is empty"
+
+
+def _times(
+    column: pl.Series, unit: Unit, path: Path, locate: Callable[[int], str]
+) -> tuple[npt.NDArray[np.int64], int, str]:
+    """A user's time column (no nulls) as integers, ticks a second, and in words."""
+    if column.dtype in (pl.Datetime, pl.Date):
+        values = column.cast(pl.Datetime("ms", getattr(column.dtype, "time_zone", None))).dt.epoch("ms")
+        return _as_dates(values, path, locate)
+    numbers = column if column.dtype.is_numeric() else column.cast(pl.String).str.strip_chars()
+    if unit != "iso":
+        whole = numbers if numbers.dtype.is_integer() else numbers.cast(pl.Int64, strict=False)
+        exact = numbers.dtype.is_integer() or numbers.dtype == pl.String
+        if exact and not whole.null_count():
+            return _as_numbers(whole.cast(pl.Int64), unit, path, locate)
+        real = numbers.cast(pl.Float64, strict=False)
+        faulty = real.is_null() | ~real.is_finite().fill_null(value=True)
+        if not faulty.any():
+            return _as_numbers(real, unit, path, locate)
+        if unit != "auto" or numbers.dtype != pl.String:
+            row = int(faulty.arg_max() or 0)
+            raise DataError(f"{path}, {locate(row)}: timestamp {column[row]!r} is not a number", hint=_OWN_HINT)
+    if numbers.dtype != pl.String:
+        raise DataError(f"{path}: timestamp is {column.dtype}, not ISO 8601 dates", hint="set data.timestamp_unit=auto")
+    values = _iso_milliseconds(numbers)
+    if values.null_count():
+        row = int(values.is_null().arg_max() or 0)
+        raise DataError(f"{path}, {locate(row)}: timestamp {column[row]!r} is not an ISO 8601 date", hint=_OWN_HINT)
+    return _as_dates(values, path, locate)
+
+
+def _as_dates(values: pl.Series, path: Path, locate: Callable[[int], str]) -> tuple[npt.NDArray[np.int64], int, str]:
+    time = values.to_numpy()
+    _check_range(time, 1000, path, locate, _OWN_HINT, mixed=False)
+    return time, 1000, "dates (UTC where no zone is given)"
+
+
+def _as_numbers(
+    values: pl.Series, unit: Unit, path: Path, locate: Callable[[int], str]
+) -> tuple[npt.NDArray[np.int64], int, str]:
+    found = float(np.median(values.to_numpy()))
+    milliseconds = unit == "ms" or (unit == "auto" and found > LATEST)
+    scale = 1
+    if not values.dtype.is_integer():
+        whole = (values == values.floor()).all()
+        # Parts of a second are kept for the order, as milliseconds.
+        scale = 1 if milliseconds or whole else 1000
+        values = (values * scale).floor().cast(pl.Int64)
+    ticks = 1000 if milliseconds else scale
+    time = values.to_numpy()
+    _check_range(time, ticks, path, locate, _OWN_HINT, mixed=unit == "auto")
+    if milliseconds and unit == "auto":
+        early = time <= LATEST
+        if early.any():
+            row = int(early.argmax())
+            raise DataError(
+                f"{path}, {locate(row)}: timestamp {time[row]} looks like seconds, most others like milliseconds",
+                hint="use one unit, or set data.timestamp_unit=ms",
+            )
+    return time, ticks, "milliseconds" if milliseconds else "seconds"
+
+
+def _check_range(
+    time: npt.NDArray[np.int64], ticks: int, path: Path, locate: Callable[[int], str], hint: str, *, mixed: bool
+) -> None:
+    """Refuse times before 1970 and after 2099."""
+    early, late = time < 0, time > LATEST * ticks
+    if early.any():
+        row = int(early.argmax())
+        raise DataError(f"{path}, {locate(row)}: timestamp {time[row]} is negative (before 1970)", hint=hint)
+    if late.any():
+        row = int(late.argmax())
+        if mixed and ticks == 1:
+            raise DataError(
+                f"{path}, {locate(row)}: timestamp {time[row]} looks like milliseconds, most others like seconds",
+                hint="use one unit for the whole column",
+            )
+        unit = "seconds" if ticks == 1 else "milliseconds"
+        raise DataError(f"{path}, {locate(row)}: timestamp {time[row]} is after the year 2099 in {unit}", hint=hint)
+
+
+def _iso_milliseconds(text: pl.Series) -> pl.Series:
+    """ISO 8601 dates as milliseconds since 1970, null where a text is none; without a zone: UTC."""
+    part = pl.col("part").struct.field
+
+    def number(name: str) -> pl.Expr:
+        return part(name).cast(pl.Int64, strict=False).fill_null(0)
+
+    zone = part("zone").str.replace(":", "").fill_null("Z")
+    minutes = (
+        pl.when(zone == "Z")
+        .then(0)
+        .otherwise(
+            zone.str.slice(1, 2).cast(pl.Int64, strict=False) * 60
+            + zone.str.slice(3, 2).cast(pl.Int64, strict=False).fill_null(0)
+        )
+    )
+    offset = pl.when(zone.str.starts_with("-")).then(-minutes).otherwise(minutes)
+    milliseconds = part("fraction").fill_null("0").str.pad_end(3, "0").str.slice(0, 3).cast(pl.Int64, strict=False)
+    valid = (number("hour") < 24) & (number("minute") < 60) & (number("second") <= 60)
+    days = part("date").str.to_date("%Y-%m-%d", strict=False).dt.epoch("d").cast(pl.Int64)
+    seconds = (days * 24 + number("hour")) * 3600 + (number("minute") - offset) * 60 + number("second")
+    frame = pl.DataFrame({"part": text.cast(pl.String).str.extract_groups(_ISO)})
+    return frame.select(pl.when(valid).then(seconds * 1000 + milliseconds).alias("time")).to_series()
+
+
+def _csv_locator(path: Path, *, header: bool) -> Callable[[int], str]:
+    return lambda row: f"line {raw.csv_line(path, row, header=header, hint=_OWN_HINT)}"
+
+
+def _line_locator(numbers: pl.Series) -> Callable[[int], str]:
+    return lambda row: f"line {numbers[row]}"
+
+
+def _row_name(row: int) -> str:
+    return f"row {row + 1}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
