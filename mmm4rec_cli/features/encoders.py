@@ -94,7 +94,10 @@ def load_encoder(settings: FeatureSettings, device: str, reporter: Reporter) -> 
         NetworkError: the model is not on the disk and the hub does not answer.
     """
     joint = _joint_model(settings)
-    sources = {"text": settings.text_model or joint, "image": settings.image_model or joint}
+    sources = {
+        "text": PRESETS.get(settings.text_model, settings.text_model) if settings.text_model else joint,
+        "image": PRESETS.get(settings.image_model, settings.image_model) if settings.image_model else joint,
+    }
     if None in sources.values():
         reporter.warn("encoder sketch: hashed words and histograms, made for demos and tests, not for research")
     loaded = {
@@ -249,6 +252,7 @@ class _Loaded:
 
     def __init__(self, source: str, device: str, reporter: Reporter) -> None:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModel
 
         self.source = source
@@ -265,7 +269,7 @@ class _Loaded:
                     trust_remote_code=False,
                     output_loading_info=True,
                 )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{source}: not a model that can be loaded ({reason})", hint="name another model") from None
         missing = {str(key) for key in report["missing_keys"]}
@@ -316,6 +320,13 @@ class _Text:
         except (OSError, ValueError, ImportError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{source}: its tokenizer cannot be loaded ({reason})", hint="name another model") from None
+        # without its files some tokenizers load all the same, and know no word
+        files = {"tokenizer.json", *self._tokenizer.vocab_files_names.values()}
+        if not any((loaded.folder / name).is_file() for name in files):
+            raise DataError(
+                f"{source}: no tokenizer there ({', '.join(sorted(files))})",
+                hint="save the tokenizer beside the model, with save_pretrained",
+            )
         # SigLIP reads its last place, which must be the padding that it saw in training, and it saw no mask
         self._siglip = str(loaded.config.model_type).startswith("siglip")
         text_config = getattr(loaded.config, "text_config", loaded.config)

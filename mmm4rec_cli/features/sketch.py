@@ -38,7 +38,9 @@ class SketchText:
     def _vectorizer(self) -> Any:
         from sklearn.feature_extraction.text import HashingVectorizer
 
-        return HashingVectorizer(n_features=self.hashes, ngram_range=(1, 2), stop_words="english", norm="l2")
+        # the pattern takes words of one letter too, as in item ids
+        words = {"token_pattern": r"(?u)\b\w+\b", "ngram_range": (1, 2), "stop_words": "english"}
+        return HashingVectorizer(n_features=self.hashes, norm="l2", **words)
 
     @cached_property
     def _projection(self) -> Any:

@@ -25,9 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmm4rec_cli.data.columns import IMAGE, ITEM_ID, TEXT
+from mmm4rec_cli.data.domains import MIXES
+from mmm4rec_cli.data.tables import command
 from mmm4rec_cli.errors import DataError
 from mmm4rec_cli.files import written_whole
 from mmm4rec_cli.settings.schema import FeatureSettings
+from mmm4rec_cli.workspace import Workspace
 
 FORMAT = 1
 _KEY = b"mmm4rec"
@@ -81,7 +84,7 @@ def model_slug(name: str) -> str:
     parts = [part for part in re.split(r"[/\\]+", name) if part]
     if len(parts) > 2 or name.startswith(("/", "\\", ".", "~")) or (parts and parts[0].endswith(":")):
         parts = [part for part in parts if part not in {".", ".."}][-1:]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(parts)).strip(".-") or "model"
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", "--".join(parts)).strip(".-") or "model"
 
 
 def encoder_name(settings: FeatureSettings) -> str:
@@ -162,13 +165,34 @@ def write_features(
         pq.write_table(table, part, compression="zstd", use_dictionary=False)
 
 
-def _command(path: Path) -> str:
-    """The command that makes the features file at `path`."""
-    return f"mmm4rec preprocess --domain {path.parent.name} --encoder {path.stem}"
+def features_command(workspace: Workspace, domain: str, settings: FeatureSettings) -> str:
+    """The command line that makes a domain's features with these settings, ready to be typed."""
+    models = (("--text-model", settings.text_model), ("--image-model", settings.image_model))
+    given = (word for option, model in models if model is not None for word in (option, model))
+    return _command(workspace, domain, settings.encoder, *given)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def _command(workspace: Workspace, domain: str, encoder: str, *words: str) -> str:
+    which = "--mix" if domain in MIXES else "--domain"
+    return command(workspace, "preprocess", which, domain, "--encoder", encoder, *words)
+
+
+def _command_for(path: Path) -> str:
+    """The command line that makes the features file at `path`, as far as its name tells."""
+    folders = path.parents
+    workspace = Workspace(folders[3] if len(folders) > 3 else Path())
+    if "+" not in path.stem:
+        return _command(workspace, path.parent.name, path.stem)
+    text, image = (side.replace("--", "/") for side in path.stem.split("+", 1))
+    return _command(workspace, path.parent.name, path.stem, "--text-model", text, "--image-model", image)
+
+
+def read_metadata(path: Path, hint: str | None = None) -> dict[str, Any]:
     """The document in a features file's metadata.
+
+    Args:
+        path: the features file.
+        hint: the command that makes it; else it is read from the file's name.
 
     Raises:
         DataError: the file is missing, damaged, or no features file of a known format.
@@ -176,9 +200,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         schema = pq.read_schema(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such features file", hint=f"make it with: {_command(path)}") from None
+        raise DataError(f"{path}: no such features file", hint=hint or _command_for(path)) from None
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, str(error)) from None
+        raise _damaged(path, str(error), hint) from None
     try:
         document = json.loads((schema.metadata or {})[_KEY])
     except (KeyError, ValueError):
@@ -187,20 +211,21 @@ def read_metadata(path: Path) -> dict[str, Any]:
             hint="take embeddings of your own with: mmm4rec preprocess --features FILE",
         ) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise DataError(f"{path}: features file of an unknown format", hint=f"make it anew with: {_command(path)}")
+        raise DataError(f"{path}: features file of an unknown format", hint=hint or _command_for(path))
     wrong = [key for key, kind in _DOCUMENT.items() if not isinstance(document.get(key), kind)]
     if wrong or document["fingerprint"] != fingerprint(document["identity"]):
-        raise _damaged(path, f"metadata {', '.join(wrong)} missing" if wrong else "fingerprint and identity disagree")
+        why = f"metadata {', '.join(wrong)} missing" if wrong else "fingerprint and identity disagree"
+        raise _damaged(path, why, hint)
     return document
 
 
-def _damaged(path: Path, why: str) -> DataError:
+def _damaged(path: Path, why: str, hint: str | None) -> DataError:
     reason = " ".join(why.split())[:200]
-    return DataError(f"{path}: damaged features file ({reason})", hint=f"delete it, then run: {_command(path)}")
+    return DataError(f"{path}: damaged features file ({reason})", hint=hint or _command_for(path))
 
 
-def _scattered(path: Path, column: pa.ChunkedArray, n_items: int) -> tuple[Floats, Mask]:
-    """Vectors [V, F] and their presence [V] of a column in item order."""
+def _scattered(column: pa.ChunkedArray, n_items: int) -> tuple[Floats, Mask]:
+    """Vectors [V, F] and their presence [V] of a column in item order; ValueError for a vector with holes."""
     width = column.type.list_size
     vectors = np.zeros((n_items + 1, width), dtype=np.float32)
     present = np.zeros(n_items + 1, dtype=np.bool_)
@@ -210,45 +235,51 @@ def _scattered(path: Path, column: pa.ChunkedArray, n_items: int) -> tuple[Float
         # flatten() leaves out the places of null rows
         flat = chunk.flatten()
         if flat.null_count:
-            raise _damaged(path, "a vector has null elements")
+            raise ValueError("a vector has null elements")
         vectors[row : row + len(chunk)][valid] = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
         present[row : row + len(chunk)] = valid
         row += len(chunk)
     if not np.isfinite(vectors).all():
-        raise _damaged(path, "a vector holds NaN or an infinite number")
+        raise ValueError("a vector holds NaN or an infinite number")
     return vectors, present
 
 
-def read_features(path: Path, catalogue: str, n_items: int) -> ItemFeatures:
+def read_features(path: Path, catalogue: str, n_items: int, hint: str | None = None) -> ItemFeatures:
     """Read the features of a catalogue.
 
     Args:
         path: the features file.
         catalogue: SHA-256 over the raw item ids of the tables that the features shall fit.
         n_items: number of items in the catalogue.
+        hint: the command that makes the file (`features_command`); else it is read from the file's name.
 
     Raises:
         DataError: the file is missing, damaged, of another catalogue or of other columns.
     """
-    metadata = read_metadata(path)
+    metadata = read_metadata(path, hint)
     if metadata["catalogue"] != catalogue:
         raise DataError(
             f"{path}: features of another catalogue ({metadata['catalogue'][:12]}; the tables have {catalogue[:12]})",
-            hint=f"make them anew with: {_command(path)}",
+            hint=hint or _command_for(path),
         )
     try:
         table = pq.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, str(error)) from None
+        raise _damaged(path, str(error), hint) from None
     for name in (TEXT, IMAGE):
         kind = table.schema.field(name).type if name in table.schema.names else None
         if kind is None or not (pa.types.is_fixed_size_list(kind) and kind.value_type in (pa.float32(), pa.float16())):
-            raise _damaged(path, f"column {name} is {kind}, not a fixed-size list of float32 or float16")
+            raise _damaged(path, f"column {name} is {kind}, not a fixed-size list of float32 or float16", hint)
     if ITEM_ID not in table.schema.names or table.schema.field(ITEM_ID).type != pa.int32():
-        raise _damaged(path, f"column {ITEM_ID} is not int32")
+        raise _damaged(path, f"column {ITEM_ID} is not int32", hint)
     ids = table[ITEM_ID].to_numpy()
     if len(ids) != n_items or not np.array_equal(ids, np.arange(1, n_items + 1)):
-        raise _damaged(path, f"{len(ids)} rows for a catalogue of {n_items} items, or not in the order of item ids")
-    text, has_text = _scattered(path, table[TEXT], n_items)
-    image, has_image = _scattered(path, table[IMAGE], n_items)
+        raise _damaged(
+            path, f"{len(ids)} rows for a catalogue of {n_items} items, or not in the order of item ids", hint
+        )
+    try:
+        text, has_text = _scattered(table[TEXT], n_items)
+        image, has_image = _scattered(table[IMAGE], n_items)
+    except ValueError as error:
+        raise _damaged(path, str(error), hint) from None
     return ItemFeatures(text, has_text, image, has_image, metadata, str(metadata["fingerprint"]))

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mmm4rec_cli.errors import DataError
-from mmm4rec_cli.features.store import encoder_name, fingerprint, model_slug, read_features, write_features
+from mmm4rec_cli.features.store import (
+    encoder_name,
+    features_command,
+    fingerprint,
+    model_slug,
+    read_features,
+    write_features,
+)
 from mmm4rec_cli.settings.schema import FeatureSettings
+from mmm4rec_cli.workspace import Workspace
 
 IDENTITY = {"kind": "test", "widths": [3, 2]}
 
@@ -65,7 +74,18 @@ def test_the_fingerprint_is_of_the_encoder_and_not_of_the_catalogue(path):
 def test_a_missing_file_names_the_command_that_makes_it(path):
     with pytest.raises(DataError) as caught:
         read_features(path, "c" * 64, 4)
-    assert caught.value.hint == "make it with: mmm4rec preprocess --domain shop --encoder tiny"
+    workspace = path.parents[3]
+    assert caught.value.hint == f"mmm4rec preprocess --domain shop --encoder tiny --workspace {workspace}"
+
+
+def test_the_command_that_makes_the_features_is_exact():
+    pair = FeatureSettings(text_model="org/bert", image_model="./my vit")
+    assert features_command(Workspace(Path()), "shop", pair) == (
+        "mmm4rec preprocess --domain shop --encoder siglip --text-model org/bert --image-model './my vit'"
+    )
+    with pytest.raises(DataError) as caught:
+        read_features(Path("data/features/fhckm/org--bert+clip.parquet"), "c" * 64, 4)
+    assert caught.value.hint.startswith("mmm4rec preprocess --mix fhckm --encoder org--bert+clip --text-model org/bert")
 
 
 def test_features_of_another_catalogue_are_refused(path):
