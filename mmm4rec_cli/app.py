@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from mmm4rec_cli import __version__
+from mmm4rec_cli.commands.doctor import doctor
 from mmm4rec_cli.commands.evaluate import evaluate
 from mmm4rec_cli.commands.finetune import finetune
 from mmm4rec_cli.commands.invocation import Command
@@ -29,6 +30,7 @@ COMMANDS: tuple[tuple[str, Command], ...] = (
     ("Training", finetune),
     ("Results", evaluate),
     ("Results", runs),
+    ("Machine", doctor),
 )
 """Panel of the help page and command, in the order in which they are used."""
 
