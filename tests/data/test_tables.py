@@ -154,25 +154,6 @@ def test_hint_is_the_exact_command_of_the_domain(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet", "users.parquet", "manifest.json"])
-def test_missing_file_names_itself_and_the_command(workspace, name):
-    path = workspace.processed("shop") / name
-    path.unlink()
-    with pytest.raises(DataError) as caught:
-        tables.read_tables(workspace, "shop")
-    assert str(path) in str(caught.value)
-    assert caught.value.hint == (
-        f"mmm4rec preprocess --interactions FILE --items FILE --domain shop --workspace {workspace.root}"
-    )
-
-
-def test_hint_is_the_exact_command_of_the_domain():
-    here, there = Workspace(Path()), Workspace(Path("my shop"))
-    assert tables.preprocess_command(here, "magazine") == "mmm4rec preprocess --domain magazine"
-    assert tables.preprocess_command(here, "fhckm") == "mmm4rec preprocess --mix fhckm"
-    assert tables.preprocess_command(there, "office") == "mmm4rec preprocess --domain office --workspace 'my shop'"
-
-
-@pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet", "users.parquet", "manifest.json"])
 def test_truncated_file_is_a_data_error(workspace, name):
     path = workspace.processed("shop") / name
     path.write_bytes(path.read_bytes()[:-20])
