@@ -231,7 +231,8 @@ def test_defaults_shown_for_settings_are_the_settings_own():
                 found = defaults
                 for key in path.split("."):
                     found = found[key]
-                assert str(found).lower() == value, f"{name} --{option.name}"
+                text = ",".join(map(str, found)) if isinstance(found, list) else str(found).lower()
+                assert text == value, f"{name} --{option.name}"
 
 
 @pytest.mark.parametrize("name", ["", *(each.name for _, each in app.COMMANDS)])

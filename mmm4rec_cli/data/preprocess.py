@@ -274,7 +274,7 @@ def _filtered(
 
 
 def _prefixed(part: _Part, prefix: str) -> _Part:
-    frame = part.metadata.frame.with_columns(prefix + pl.col(RAW_ITEM_ID))
+    frame = part.metadata.frame.with_columns((prefix + pl.col(RAW_ITEM_ID)).alias(RAW_ITEM_ID))
     return replace(part, log=with_prefix(part.log, prefix), metadata=replace(part.metadata, frame=frame))
 
 

@@ -54,6 +54,7 @@ def finetune(
         RunError: weights or the run to resume do not fit, or the loss stopped being finite.
     """
     check_model(model)
+    device = resolve_device(settings.runtime.device)
     reporter = reporter or SilentReporter()
     dataset = load_dataset(workspace, [domain], encoder_name(settings.features))
     if not len(dataset.sequences.train_targets()):
@@ -76,14 +77,14 @@ def finetune(
     about = identity("finetune", dataset, model, list(seeds), None if source is None else source.label)
     run = open_run(workspace, dataset, settings, about, resume)
     if len(seeds) == 1:
-        return _finetune(run, dataset, _with_seed(settings, seeds[0]), model, source, reporter)
+        return _finetune(run, dataset, _with_seed(settings, seeds[0]), model, source, device, reporter)
     results = []
     with training_in(run, reporter) as log:
         for seed in seeds:
             one = _with_seed(settings, seed)
             member = seed_run(run, seed, one, dataset)
             if not member.finished:
-                _finetune(member, dataset, one, model, source, log)
+                _finetune(member, dataset, one, model, source, device, log)
             results.append(member.result)
         result = over_seeds(run, results)
         run.write("result.json", result)
@@ -115,9 +116,14 @@ def _with_seed(settings: Settings, seed: int) -> Settings:
 
 
 def _finetune(
-    run: Run, dataset: Dataset, settings: Settings, model: str, source: Source | None, reporter: Reporter
+    run: Run,
+    dataset: Dataset,
+    settings: Settings,
+    model: str,
+    source: Source | None,
+    device: torch.device,
+    reporter: Reporter,
 ) -> dict[str, Any]:
-    device = resolve_device(settings.runtime.device)
     plan, max_len = settings.finetune, settings.model.max_len
     sequences = dataset.sequences.to(device)
     targets = sequences.train_targets()
