@@ -18,7 +18,7 @@ def download(
     invocation: Invocation,
     domain: Annotated[
         list[str] | None,
-        typer.Option(help="Amazon category by its short name (repeatable)", metavar="NAME", show_default="the paper's five"),
+        typer.Option(help="Amazon category, short name (repeatable)", metavar="NAME", show_default="the paper's five"),
     ] = None,
     mix: Annotated[
         list[str] | None,
@@ -26,9 +26,7 @@ def download(
     ] = None,
     kind: Annotated[
         list[str] | None,
-        typer.Option(
-            help="ratings or metadata (repeatable)", metavar="KIND", show_default="ratings and metadata"
-        ),
+        typer.Option(help="ratings or metadata (repeatable)", metavar="KIND", show_default="ratings and metadata"),
     ] = None,
     mirror: Annotated[
         list[str] | None,
