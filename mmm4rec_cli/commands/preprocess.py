@@ -99,6 +99,8 @@ def preprocess(
     """Make the tables, fetch the pictures of the items that were kept, and encode texts and pictures."""
     from mmm4rec_cli.data.images import fetch_images, leave_images_out
     from mmm4rec_cli.data.preprocess import build_tables
+    from mmm4rec_cli.device import resolve_device
+    from mmm4rec_cli.features.encoders import joint_model
     from mmm4rec_cli.features.extract import extract_features, import_features
 
     workspace, reporter = invocation.workspace, invocation.reporter
@@ -118,8 +120,12 @@ def preprocess(
         "features.image_model": image_model,
         "runtime.device": device,
     }
-    # All settings are read before the first domain, so that a bad one does not stop the work halfway.
+    # What is wrong with a setting is said before the first domain, not halfway.
     resolved = {name: invocation.resolved(domain=name, options=options) for name in names or _complete(workspace)}
+    if features is None and not skip_features:
+        for one in resolved.values():
+            joint_model(one.settings.features)
+            resolve_device(one.settings.runtime.device)
     manifests = []
     for name, one in resolved.items():
         settings = one.settings

@@ -93,7 +93,7 @@ def load_encoder(settings: FeatureSettings, device: str, reporter: Reporter) -> 
         DeviceError: no such device.
         NetworkError: the model is not on the disk and the hub does not answer.
     """
-    joint = _joint_model(settings)
+    joint = joint_model(settings)
     sources = {
         "text": PRESETS.get(settings.text_model, settings.text_model) if settings.text_model else joint,
         "image": PRESETS.get(settings.image_model, settings.image_model) if settings.image_model else joint,
@@ -114,8 +114,12 @@ def load_encoder(settings: FeatureSettings, device: str, reporter: Reporter) -> 
     return Encoder(encoder_name(settings), text, image, models)
 
 
-def _joint_model(settings: FeatureSettings) -> str | None:
-    """The id or folder of the model that serves the sides without one of their own; None for the sketch."""
+def joint_model(settings: FeatureSettings) -> str | None:
+    """The id or folder of the model that serves the sides without one of their own; None for the sketch.
+
+    Raises:
+        UsageError: no such encoder.
+    """
     name = settings.encoder
     if name in PRESETS:
         return PRESETS[name]

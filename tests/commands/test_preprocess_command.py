@@ -134,6 +134,8 @@ def test_own_tables_own_vectors_and_pictures_that_come_and_go(run, tmp_path):
         (["--domain", "a", "--domain", "b", "--features", "x"], 2, "one domain"),
         (["--no-images", "--offline"], 2, "--offline"),
         (["--domain", "pantry", "--set", "data.min_usr=3"], 2, "data.min_user"),
+        (["--domain", "pantry", "--encoder", "sketchy"], 2, "sketchy"),
+        (["--domain", "pantry", "--encoder", "sketch", "--device", "gpu"], 2, "cuda"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_left(run, tmp_path, words, code, says):
