@@ -166,9 +166,7 @@ def _encoders() -> dict[str, dict[str, Any]]:
             continue
         files = ("model.safetensors", "model.safetensors.index.json")
         here = [path for file in files if isinstance(path := try_to_load_from_cache(model, file), str)]
-        why = (
-            f"{model} in {Path(here[0]).parent}" if here else f"{model} is not on the disk; it is fetched at first use"
-        )
+        why = f"{model} in {Path(here[0]).parent}" if here else f"{model} is not on the disk: fetched at first use"
         found[name] = {"available": bool(here), "why": why}
     return found
 
