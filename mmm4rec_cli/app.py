@@ -16,19 +16,25 @@ from typing import Annotated
 import typer
 
 from mmm4rec_cli import __version__
+from mmm4rec_cli.commands.doctor import doctor
+from mmm4rec_cli.commands.download import download
 from mmm4rec_cli.commands.evaluate import evaluate
 from mmm4rec_cli.commands.finetune import finetune
 from mmm4rec_cli.commands.invocation import Command
+from mmm4rec_cli.commands.preprocess import preprocess
 from mmm4rec_cli.commands.pretrain import pretrain
 from mmm4rec_cli.commands.runs import runs
 from mmm4rec_cli.console import print_json, show_error
 from mmm4rec_cli.errors import DataError, DeviceError, UsageError, UserError
 
 COMMANDS: tuple[tuple[str, Command], ...] = (
+    ("Data", download),
+    ("Data", preprocess),
     ("Training", pretrain),
     ("Training", finetune),
     ("Results", evaluate),
     ("Results", runs),
+    ("Machine", doctor),
 )
 """Panel of the help page and command, in the order in which they are used."""
 

@@ -160,7 +160,7 @@ def metric_table(title: str, rows: Mapping[str, tuple[Mapping[str, float], Mappi
     """A table of metrics, one row a result; a value with a deviation reads "0.1348 ± 0.0012"."""
     names = list(dict.fromkeys(name for values, _ in rows.values() for name in values))
     cells = [
-        [label, *(_metric(values.get(name), deviations and deviations.get(name)) for name in names)]
+        [label, *(_metric(values.get(name), (deviations or {}).get(name)) for name in names)]
         for label, (values, deviations) in rows.items()
     ]
     return table(title, ["", *names], cells)

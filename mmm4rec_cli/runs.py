@@ -100,8 +100,13 @@ class Run:
 
 
 def new_run(workspace: Workspace, command: str, domain: str) -> Run:
-    """A new run's folder: `runs/<command>/<domain>/<time>-<six hex digits>`."""
-    path = workspace.runs / command / domain / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    """A new run's folder: `runs/<command>/<domain>/<UTC time>-<six hex digits>`; ids sort by time.
+
+    The first four digits are the fraction of the second, the last two are random.
+    """
+    now = time.time()
+    second = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
+    path = workspace.runs / command / domain / f"{second}-{int(now % 1 * 65536):04x}{secrets.token_hex(1)}"
     path.mkdir(parents=True)
     return Run(path)
 
@@ -109,7 +114,7 @@ def new_run(workspace: Workspace, command: str, domain: str) -> Run:
 def all_runs(workspace: Workspace, command: str | None = None, domain: str | None = None) -> Iterator[Run]:
     """Every run of the workspace, newest first."""
     found = workspace.runs.glob(f"{command or '*'}/{domain or '*'}/*/run.json")
-    for path in sorted(found, key=lambda p: (p.parent.name, p.stat().st_mtime_ns), reverse=True):
+    for path in sorted(found, key=lambda p: p.parent.name, reverse=True):
         yield Run(path.parent)
 
 

@@ -1,10 +1,13 @@
 """`mmm4rec finetune`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmm4rec_cli.commands.invocation import Invocation, Result, command
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @command(
@@ -88,16 +91,12 @@ def finetune(
     return Result(result, *_shown(result), next=f"mmm4rec evaluate --run {result['run'].rsplit('-', 1)[-1]}")
 
 
-def _shown(result: dict[str, object]) -> list[object]:
+def _shown(result: dict[str, Any]) -> "list[RenderableType]":
     from mmm4rec_cli.console import metric_table
 
-    metrics, deviations = result["metrics"], result.get("metrics_sd", {})
-    assert isinstance(metrics, dict)
-    assert isinstance(deviations, dict)
-    rows = {split: (metrics[split], deviations.get(split)) for split in metrics}
-    yardsticks = result["yardsticks"]
-    assert isinstance(yardsticks, dict)
-    rows |= {f"{name}, test": (values["test"], None) for name, values in yardsticks.items()}
+    deviations = result.get("metrics_sd", {})
+    rows = {split: (values, deviations.get(split)) for split, values in result["metrics"].items()}
+    rows |= {f"{name}, test": (values["test"], None) for name, values in result["yardsticks"].items()}
     start = f"from {result['pretrained']}" if result["pretrained"] else "from scratch"
     return [
         metric_table(f"{result['model']} on {result['domain']}, {start}", rows),

@@ -24,6 +24,7 @@ def runs(
     from mmm4rec_cli.data.domains import check_domain
     from mmm4rec_cli.runs import all_runs
 
+    invocation.settings()
     rows = []
     for run in all_runs(invocation.workspace, domain=domain):
         try:

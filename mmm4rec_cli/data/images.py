@@ -28,6 +28,9 @@ from mmm4rec_cli.workspace import Workspace
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff"}
 """Formats that are opened, with the suffix they are saved under. Others (PostScript among them) are never tried."""
 
+LEFT_OUT = "left out"
+"""In the manifest under `images`: no picture is used, by the user's wish."""
+
 _ATTEMPTS = 3
 _LARGEST = 64 * 2**20
 
@@ -186,6 +189,18 @@ def fetch_images(
         "failed": len(failures),
     }
     return write_images(workspace, domain, paths, {"images": counts})
+
+
+def leave_images_out(workspace: Workspace, domain: str) -> dict[str, Any]:
+    """Set every item's `image` to null, whatever lies on the disk; the next `fetch_images` finds the pictures again.
+
+    Returns:
+        The manifest of the tables.
+
+    Raises:
+        DataError: the domain has no tables.
+    """
+    return write_images(workspace, domain, [None] * read_tables(workspace, domain).n_items, {"images": LEFT_OUT})
 
 
 def _listing(folder: Path) -> dict[str, str]:

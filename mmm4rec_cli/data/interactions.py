@@ -381,29 +381,43 @@ def _times(
     column: pl.Series, unit: Unit, path: Path, locate: Callable[[int], str]
 ) -> tuple[npt.NDArray[np.int64], int, str]:
     """A user's time column (no nulls) as integers, ticks a second, and in words."""
-    if column.dtype in (pl.Datetime, pl.Date):
-        values = column.cast(pl.Datetime("ms", getattr(column.dtype, "time_zone", None))).dt.epoch("ms")
-        return _as_dates(values, path, locate)
-    numbers = column if column.dtype.is_numeric() else column.cast(pl.String).str.strip_chars()
-    if unit != "iso":
-        whole = numbers if numbers.dtype.is_integer() else numbers.cast(pl.Int64, strict=False)
-        exact = numbers.dtype.is_integer() or numbers.dtype == pl.String
-        if exact and not whole.null_count():
-            return _as_numbers(whole.cast(pl.Int64), unit, path, locate)
-        real = numbers.cast(pl.Float64, strict=False)
-        faulty = real.is_null() | ~real.is_finite().fill_null(value=True)
-        if not faulty.any():
-            return _as_numbers(real, unit, path, locate)
-        if unit != "auto" or numbers.dtype != pl.String:
+
+    def refuse(faulty: pl.Series, fault: str) -> None:
+        if faulty.any():
             row = int(faulty.arg_max() or 0)
-            raise DataError(f"{path}, {locate(row)}: timestamp {column[row]!r} is not a number", hint=_OWN_HINT)
-    if numbers.dtype != pl.String:
-        raise DataError(f"{path}: timestamp is {column.dtype}, not ISO 8601 dates", hint="set data.timestamp_unit=auto")
-    values = _iso_milliseconds(numbers)
-    if values.null_count():
-        row = int(values.is_null().arg_max() or 0)
-        raise DataError(f"{path}, {locate(row)}: timestamp {column[row]!r} is not an ISO 8601 date", hint=_OWN_HINT)
-    return _as_dates(values, path, locate)
+            raise DataError(f"{path}, {locate(row)}: timestamp {column[row]!r} {fault}", hint=_OWN_HINT)
+
+    if column.dtype in (pl.Datetime, pl.Date):
+        dates = column.cast(pl.Datetime("ms", getattr(column.dtype, "time_zone", None))).dt.epoch("ms")
+        return _as_dates(dates, path, locate)
+    if column.dtype.is_numeric():
+        if unit == "iso":
+            raise DataError(
+                f"{path}: timestamp is {column.dtype}, not ISO 8601 dates", hint="set data.timestamp_unit=auto"
+            )
+        refuse(~column.is_finite(), "is not a number")
+        return _as_numbers(column, unit, path, locate)
+
+    text = column.cast(pl.String).str.strip_chars()
+    if unit != "iso":
+        whole = text.cast(pl.Int64, strict=False)
+        if not whole.null_count():
+            return _as_numbers(whole, unit, path, locate)
+    real = text.cast(pl.Float64, strict=False)
+    is_number = real.is_finite().fill_null(value=False)
+    if unit in ("s", "ms"):
+        refuse(~is_number, "is not a number")
+    if unit != "iso" and is_number.all():
+        return _as_numbers(real, unit, path, locate)
+    dates = _iso_milliseconds(text)
+    if unit == "auto":
+        refuse(dates.is_null() & ~is_number, "is neither a number nor an ISO 8601 date")
+        # Both kinds occur: the rarer one is at fault.
+        if 2 * int(is_number.sum()) > len(column):
+            refuse(~is_number, "is a date, most others are numbers")
+        refuse(is_number, "is a number, most others are dates")
+    refuse(dates.is_null(), "is not an ISO 8601 date")
+    return _as_dates(dates, path, locate)
 
 
 def _as_dates(values: pl.Series, path: Path, locate: Callable[[int], str]) -> tuple[npt.NDArray[np.int64], int, str]:
@@ -415,30 +429,26 @@ def _as_dates(values: pl.Series, path: Path, locate: Callable[[int], str]) -> tu
 def _as_numbers(
     values: pl.Series, unit: Unit, path: Path, locate: Callable[[int], str]
 ) -> tuple[npt.NDArray[np.int64], int, str]:
-    found = float(np.median(values.to_numpy()))
-    milliseconds = unit == "ms" or (unit == "auto" and found > LATEST)
-    scale = 1
-    if not values.dtype.is_integer():
-        whole = (values == values.floor()).all()
-        # Parts of a second are kept for the order, as milliseconds.
-        scale = 1 if milliseconds or whole else 1000
-        values = (values * scale).floor().cast(pl.Int64)
-    ticks = 1000 if milliseconds else scale
-    time = values.to_numpy()
-    _check_range(time, ticks, path, locate, _OWN_HINT, mixed=unit == "auto")
+    """Numbers (finite, no nulls) as integers; fractions of a second are kept for the order, as milliseconds."""
+    numbers = values.to_numpy()
+    milliseconds = unit == "ms" or (unit == "auto" and bool(np.quantile(numbers, 0.5, method="lower") > LATEST))
+    _check_range(numbers, 1000 if milliseconds else 1, path, locate, _OWN_HINT, mixed=unit == "auto")
     if milliseconds and unit == "auto":
-        early = time <= LATEST
+        early = numbers <= LATEST
         if early.any():
             row = int(early.argmax())
             raise DataError(
-                f"{path}, {locate(row)}: timestamp {time[row]} looks like seconds, most others like milliseconds",
-                hint="use one unit, or set data.timestamp_unit=ms",
+                f"{path}, {locate(row)}: timestamp {numbers[row]} looks like seconds, most others like milliseconds",
+                hint="use one unit for the whole column, or set data.timestamp_unit=ms",
             )
-    return time, ticks, "milliseconds" if milliseconds else "seconds"
+    if milliseconds or np.array_equal(numbers, np.floor(numbers)):
+        ticks, said = (1000, "milliseconds") if milliseconds else (1, "seconds")
+        return np.floor(numbers).astype(np.int64), ticks, said
+    return np.floor(numbers * 1000).astype(np.int64), 1000, "seconds"
 
 
 def _check_range(
-    time: npt.NDArray[np.int64], ticks: int, path: Path, locate: Callable[[int], str], hint: str, *, mixed: bool
+    time: npt.NDArray[Any], ticks: int, path: Path, locate: Callable[[int], str], hint: str, *, mixed: bool
 ) -> None:
     """Refuse times before 1970 and after 2099."""
     early, late = time < 0, time > LATEST * ticks

@@ -292,7 +292,7 @@ def _with_pictures(frame: pl.DataFrame, folder: Path, workspace: Workspace) -> O
     for parent in paths.str.extract(r"^(.*/)?[^/]*$").fill_null("").unique().sort():
         where = (folder / parent).resolve()
         if where.is_dir():
-            prefix = image_entry(workspace, where) + "/"
+            prefix = image_entry(workspace, where / "_").removesuffix("_")
             with os.scandir(where) as there:
                 files |= {parent + entry.name: prefix + entry.name for entry in there if entry.is_file()}
     found = pl.DataFrame(

@@ -24,6 +24,7 @@ from mmm4rec_cli.data.columns import (
     TIMESTAMP,
     USER_ID,
 )
+from mmm4rec_cli.data.images import LEFT_OUT
 from mmm4rec_cli.data.interactions import (
     Log,
     concatenated,
@@ -173,6 +174,12 @@ def build_tables(
     return write_tables(workspace, domain, **frames, manifest=manifest)
 
 
+def domains_at_hand(workspace: Workspace) -> list[str]:
+    """The categories whose raw files are both there, in the registry's order."""
+    sources = (_raw(workspace, name) for name in domains.CATEGORIES)
+    return [source.domain for source in sources if all(path.is_file() for path in source.files)]
+
+
 def _sources(workspace: Workspace, domain: str, log: Path | None, items: Path | None) -> list[_Source]:
     """The files that a domain is made of; they are there."""
     if (log is None) != (items is None):
@@ -229,6 +236,8 @@ def _kept(workspace: Workspace, domain: str, identity: dict[str, Any]) -> dict[s
         manifest = read_manifest(workspace, domain)
         if any(manifest.get(key) != value for key, value in identity.items()):
             return None
+        if "pictures" in identity and manifest.get("images") == LEFT_OUT:
+            return None  # only the user's table still knows where the pictures are
         return read_tables(workspace, domain).manifest
     except DataError:
         return None
@@ -274,7 +283,7 @@ def _filtered(
 
 
 def _prefixed(part: _Part, prefix: str) -> _Part:
-    frame = part.metadata.frame.with_columns(prefix + pl.col(RAW_ITEM_ID))
+    frame = part.metadata.frame.with_columns((prefix + pl.col(RAW_ITEM_ID)).alias(RAW_ITEM_ID))
     return replace(part, log=with_prefix(part.log, prefix), metadata=replace(part.metadata, frame=frame))
 
 

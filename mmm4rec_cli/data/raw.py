@@ -75,19 +75,25 @@ def read_csv(
     try:
         frame = plan.collect(engine="streaming")
     except pl.exceptions.PolarsError as error:
-        _raise_broken_row(path, columns, checks, header=header, hint=hint)
+        if not _rows_sound(path, columns, checks, header=header, hint=hint):
+            raise DataError(f"{path} has no rows", hint=hint) from None
         raise DataError(f"{path}: cannot be read as CSV ({str(error).splitlines()[0]})", hint=hint) from error
     # Polars fills short rows with nulls, so that a null in the last column may mean one.
     if not frame[last].all() or any(frame[name].null_count() for name in checks):
-        _raise_broken_row(path, columns, checks, header=header, hint=hint)
+        _rows_sound(path, columns, checks, header=header, hint=hint)
         frame = frame.filter("any")
+        for name in checks:
+            if frame[name].null_count():
+                line = csv_line(path, int(frame[name].is_null().arg_max() or 0), header=header, hint=hint)
+                raise DataError(f"{path}, line {line}: {name} cannot be read", hint=hint)
     if not frame.height:
         raise DataError(f"{path} has no rows", hint=hint)
     return frame.drop(last, "any")
 
 
-def _raise_broken_row(path: Path, columns: Sequence[str], checks: dict[str, Check], *, header: bool, hint: str) -> None:
-    """Look at a CSV file row by row and raise DataError at the first broken one."""
+def _rows_sound(path: Path, columns: Sequence[str], checks: dict[str, Check], *, header: bool, hint: str) -> int:
+    """Count the rows of a CSV file one by one, and raise DataError at the first broken one."""
+    rows = 0
     places = {name: columns.index(name) for name in checks}
     for record, line in itertools.islice(_records(path, hint), int(header), None):
         if len(record) != len(columns):
@@ -98,6 +104,8 @@ def _raise_broken_row(path: Path, columns: Sequence[str], checks: dict[str, Chec
             fault = check(record[places[name]])
             if fault:
                 raise DataError(f"{path}, line {line}: {name} {fault}", hint=hint)
+        rows += 1
+    return rows
 
 
 def csv_line(path: Path, row: int, *, header: bool, hint: str) -> int:
@@ -143,10 +151,10 @@ def a_number(field: str) -> str | None:
 def whole_seconds(field: str) -> str | None:
     """Check of a time stamp in Amazon's files: whole Unix seconds."""
     try:
-        int(field)
+        seconds = int(field)
     except ValueError:
         return f"{field!r} is not a whole number of seconds" if field.strip() else "is empty"
-    return None
+    return None if abs(seconds) < 2**63 else f"{field} is out of range"
 
 
 def line_batches(path: Path, hint: str) -> Iterator[pl.DataFrame]:
@@ -260,8 +268,8 @@ def _object(text: str, literals: bool) -> dict[str, Any] | None:
             return None
         try:
             with warnings.catch_warnings():
-                # Old dumps hold backslashes that Python calls invalid escapes; they stay as they are.
-                warnings.simplefilter("ignore", SyntaxWarning)
+                # Old dumps hold backslashes that Python warns of as invalid escapes; they stay as they are.
+                warnings.simplefilter("ignore")
                 value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None

@@ -30,7 +30,7 @@ from mmm4rec_cli.data.columns import (
     TITLE,
     USER_ID,
 )
-from mmm4rec_cli.data.domains import MIXES, is_registered
+from mmm4rec_cli.data.domains import MIXES, is_registered, members
 from mmm4rec_cli.errors import DataError
 from mmm4rec_cli.files import write_json, written_whole
 from mmm4rec_cli.workspace import Workspace
@@ -119,11 +119,12 @@ def command(workspace: Workspace, *words: str) -> str:
 
 
 def preprocess_command(workspace: Workspace, domain: str) -> str:
-    """The command line that makes this domain's tables."""
-    if domain in MIXES:
-        return command(workspace, "preprocess", "--mix", domain)
+    """The command lines that make this domain's tables, the download included where its raw files are not there."""
     if is_registered(domain):
-        return command(workspace, "preprocess", "--domain", domain)
+        option = "--mix" if domain in MIXES else "--domain"
+        there = all(any(workspace.raw(member).glob("*.csv")) for member in members(domain))
+        download = "" if there else command(workspace, "download", option, domain) + " && "
+        return download + command(workspace, "preprocess", option, domain)
     return command(workspace, "preprocess", "--interactions", "FILE", "--items", "FILE", "--domain", domain)
 
 

@@ -33,9 +33,7 @@ def adopt_checkpoint(workspace: Workspace, path: Path, dataset: Dataset, setting
     Raises:
         RunError: sizes that do not fit the data set, or weights missing in the file.
     """
-    features = dataset.model_features(
-        "zero" if settings.features.fallback == "published" else settings.features.missing
-    )
+    features = dataset.model_features(settings.features.missing)
     model = MMM4Rec(settings.model, features.text, features.image)
     try:
         report = model.load_published(read_checkpoint(path))

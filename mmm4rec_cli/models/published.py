@@ -7,16 +7,22 @@
 | `text.item_bias`, `image.item_bias` | `text_item_embedding_bias`, `vision_item_embedding_bias` |
 | `gaps.*` | `layer_norm_time.*` |
 | `fusion_weight` | `fusion_factor` (published static fusion stores the number 1) |
-| `layers.i.ssd.*` | `encoder_ssd_layers.i.ssd.*` and, the same tensors, `decoder_ssd_layers.i.ssd.*` |
-| `layers.i.text_norm.*`, `.text_ffn.*` | `encoder_ssd_layers.i.layer_norm.*`, `.ffn.*` |
-| `layers.i.image_norm.*`, `.cross_norm.*`, `.image_ffn.*` | `decoder_ssd_layers.i.layer_norm.*`, `.co_layer_norm.*`, `.ffn.*` |
-| `layers.i.cross_ssd.*` | `decoder_ssd_layers.i.co_ssd.*` |
-| `layers.i.filter.image.*`, `.text.*`, `.joint.*` | `decoder_ssd_layers.i.text_complex_weight.0.*`, `vision_…`, `co_…` (crossed) |
+
+and with `layers.i.` before ours, E = `encoder_ssd_layers.i.` or D = `decoder_ssd_layers.i.` before theirs:
+
+| ours | published |
+|---|---|
+| `ssd.*` | E `ssd.*` and, the same tensors, D `ssd.*` |
+| `text_norm.*`, `text_ffn.*` | E `layer_norm.*`, E `ffn.*` |
+| `image_norm.*`, `image_ffn.*` | D `layer_norm.*`, D `ffn.*` |
+| `cross_norm.*`, `cross_ssd.*` | D `co_layer_norm.*`, D `co_ssd.*` |
+| `filter.image.*`, `filter.text.*` | D `text_complex_weight.0.*`, D `vision_complex_weight.0.*` (crossed) |
+| `filter.joint.*` | D `co_complex_weight.0.*` |
 
 Inside a block: `conv` = `conv1d_1`, `u_conv` = `u_conv1d`, `q_conv` = `q_conv1d`, `time.mlp_in` = `mlp4time_scale.1`,
 `time.mlp_out` = `mlp4time_scale.3`, `time.conv_in` = `conv1d4time_1`, `time.conv_out` = `conv1d4time_2`,
-`time_gate` = `time_gate_residual.1`, `time_norm` = `time_layer_norm`. Published convolutions are [C, 1, K], ours [C, K].
-A parameter for missing vectors (`text.missing`, `image.missing`) has no published name.
+`time_gate` = `time_gate_residual.1`, `time_norm` = `time_layer_norm`. Published convolutions are
+[C, 1, K], ours [C, K]. A parameter for missing vectors (`text.missing`, `image.missing`) has no published name.
 """
 
 import pickle

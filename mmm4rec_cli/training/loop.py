@@ -144,9 +144,7 @@ def fit(
                 row = {"epoch": epoch, "loss": loss, "lr": optimizer.param_groups[0]["lr"]}
                 row["train_seconds"] = time.perf_counter() - start
                 scores = task.validate() if task.validate else {}
-                stage.advance(
-                    0, "  ".join([f"loss {loss:.4f}", *(f"{k} {v:.4f}" for k, v in _few(scores, task.metric))])
-                )
+                stage.advance(0, _status(loss, scores, task.metric))
             for group in optimizer.param_groups:
                 group["lr"] *= plan.lr_decay
             row |= {"seconds": time.perf_counter() - start, "valid": scores}
@@ -176,9 +174,9 @@ def _judge(progress: Progress, task: Task, epoch: int, scores: dict[str, float])
         progress.done = progress.bad_epochs >= task.patience
 
 
-def _few(scores: dict[str, float], metric: str) -> list[tuple[str, float]]:
-    names = dict.fromkeys([metric, "Hit@10", "NDCG@10"])
-    return [(name, scores[name]) for name in names if name in scores]
+def _status(loss: float, scores: dict[str, float], metric: str) -> str:
+    names = [name for name in dict.fromkeys([metric, "Hit@10", "NDCG@10"]) if name in scores]
+    return "  ".join([f"loss {loss:.4f}", *(f"{name} {scores[name]:.4f}" for name in names)])
 
 
 def _rewrite_metrics(run: Run, progress: Progress) -> None:

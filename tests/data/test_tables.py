@@ -139,11 +139,20 @@ def test_missing_file_names_itself_and_the_command(workspace, name):
     )
 
 
-def test_hint_is_the_exact_command_of_the_domain():
-    here, there = Workspace(Path()), Workspace(Path("my shop"))
-    assert tables.preprocess_command(here, "magazine") == "mmm4rec preprocess --domain magazine"
-    assert tables.preprocess_command(here, "fhckm") == "mmm4rec preprocess --mix fhckm"
-    assert tables.preprocess_command(there, "office") == "mmm4rec preprocess --domain office --workspace 'my shop'"
+def test_hint_is_the_exact_command_of_the_domain(tmp_path):
+    here = Workspace(tmp_path)
+    where = f"--workspace {tmp_path}"
+    both = f"mmm4rec download --domain magazine {where} && mmm4rec preprocess --domain magazine {where}"
+    assert tables.preprocess_command(here, "magazine") == both
+    mix = f"mmm4rec download --mix fhckm {where} && mmm4rec preprocess --mix fhckm {where}"
+    assert tables.preprocess_command(here, "fhckm") == mix
+    here.raw("magazine").mkdir(parents=True)
+    (here.raw("magazine") / "Magazine_Subscriptions.csv").touch()
+    assert tables.preprocess_command(here, "magazine") == f"mmm4rec preprocess --domain magazine {where}"
+    there = Workspace(Path("my shop"))
+    assert tables.preprocess_command(there, "office").endswith(
+        "mmm4rec preprocess --domain office --workspace 'my shop'"
+    )
 
 
 @pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet", "users.parquet", "manifest.json"])

@@ -1,0 +1,196 @@
+"""`mmm4rec preprocess`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmm4rec_cli.commands.invocation import Invocation, Result, command
+from mmm4rec_cli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mmm4rec_cli.workspace import Workspace
+
+OWN_ENCODER = "own"
+"""Name of the features file of `--features` where `--encoder` gives none."""
+
+
+@command(
+    "mmm4rec preprocess",
+    "mmm4rec preprocess --domain magazine --no-images",
+    "mmm4rec preprocess --domain my-shop --interactions orders.csv --items products.parquet",
+    "mmm4rec preprocess --domain my-shop --features vectors.parquet",
+)
+def preprocess(
+    invocation: Invocation,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="domain to preprocess (repeatable)", metavar="NAME", show_default="all whose raw files are there"
+        ),
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="mix of domains to preprocess as one (repeatable)",
+            metavar="NAME",
+            show_default="all whose raw files are there",
+        ),
+    ] = None,
+    interactions: Annotated[
+        Path | None,
+        typer.Option(
+            help="your own interactions, csv, parquet or jsonl: user_id, item_id, timestamp",
+            metavar="FILE",
+            show_default="the domain's raw files",
+        ),
+    ] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(
+            help="your own items, csv, parquet or jsonl: item_id, text (or title, brand, description), image",
+            metavar="FILE",
+            show_default="the domain's raw files",
+        ),
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="your own vectors, parquet or jsonl: item_id, text, image", metavar="FILE", show_default="an encoder's"
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="siglip, siglip2, clip, sketch (no weights, not for research), an id or a folder; with --features its "
+            "name",
+            metavar="NAME",
+            show_default="features.encoder = siglip",
+        ),
+    ] = None,
+    text_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hugging Face id or folder of a text model of its own",
+            metavar="ID|DIR",
+            show_default="the encoder's",
+        ),
+    ] = None,
+    image_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hugging Face id or folder of an image model of its own",
+            metavar="ID|DIR",
+            show_default="the encoder's",
+        ),
+    ] = None,
+    skip_features: Annotated[
+        bool, typer.Option("--skip-features", help="end behind the tables and the pictures")
+    ] = False,
+    no_images: Annotated[bool, typer.Option("--no-images", help="fetch no pictures and use none")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="fetch no pictures, use those that are there")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N", show_default="runtime.device = auto")
+    ] = None,
+) -> Result:
+    """Make the tables, fetch the pictures of the items that were kept, and encode texts and pictures."""
+    from mmm4rec_cli.data.images import fetch_images, leave_images_out
+    from mmm4rec_cli.data.preprocess import build_tables
+    from mmm4rec_cli.features.extract import extract_features, import_features
+
+    workspace, reporter = invocation.workspace, invocation.reporter
+    if no_images and offline:
+        raise UsageError("--no-images and --offline exclude one another", hint="--offline uses the pictures on disk")
+    if features is not None and skip_features:
+        raise UsageError("--features and --skip-features exclude one another", hint="leave one of them out")
+    names = _domains(workspace, domain or [], mix or [])
+    if len(names) != 1 and (interactions is not None or items is not None or features is not None):
+        raise UsageError(
+            "own files belong to one domain, and none or several are named",
+            hint="name it with --domain NAME: letters, digits, - and _",
+        )
+    options = {
+        "features.encoder": encoder,
+        "features.text_model": text_model,
+        "features.image_model": image_model,
+        "runtime.device": device,
+    }
+    # All settings are read before the first domain, so that a bad one does not stop the work halfway.
+    resolved = {name: invocation.resolved(domain=name, options=options) for name in names or _complete(workspace)}
+    manifests = []
+    for name, one in resolved.items():
+        settings = one.settings
+        manifest = build_tables(
+            workspace, name, settings.data, interactions=interactions, items=items, reporter=reporter
+        )
+        if no_images:
+            manifest = leave_images_out(workspace, name)
+        elif features is None:
+            manifest = fetch_images(workspace, name, settings.data, offline=offline, reporter=reporter)
+        path = None
+        if features is not None:
+            own = settings.features.encoder if one.is_set("features.encoder") else OWN_ENCODER
+            path = import_features(workspace, name, features, own, reporter)
+        elif not skip_features:
+            path = extract_features(workspace, name, settings.features, settings.runtime.device, reporter)
+        manifests.append(manifest | {"features": None if path is None else str(path)})
+    document = manifests[0] if len(manifests) == 1 else {"domains": manifests}
+    shown = [part for manifest in manifests for part in _shown(manifest)]
+    return Result(document, *shown, next=_next(workspace, list(resolved)))
+
+
+def _domains(workspace: "Workspace", domains: Sequence[str], mixes: Sequence[str]) -> list[str]:
+    """The domains and mixes that were named, each once."""
+    from mmm4rec_cli.data.domains import mix as known_mix
+
+    for mix in mixes:
+        known_mix(mix)
+    return list(dict.fromkeys((*domains, *mixes)))
+
+
+def _complete(workspace: "Workspace") -> list[str]:
+    """The domains and mixes whose raw files are there; a mix stands for its domains.
+
+    Raises:
+        DataError: there is none.
+    """
+    from mmm4rec_cli.data.domains import MIXES
+    from mmm4rec_cli.data.preprocess import domains_at_hand
+    from mmm4rec_cli.data.tables import command as command_line
+
+    there = domains_at_hand(workspace)
+    mixes = [mix for mix, members in MIXES.items() if set(members) <= set(there)]
+    covered = {member for mix in mixes for member in MIXES[mix]}
+    names = [*mixes, *(name for name in there if name not in covered)]
+    if not names:
+        raise DataError(
+            f"no domain has its raw files in {workspace.raw('any').parent}",
+            hint=f"{command_line(workspace, 'download')}, then {command_line(workspace, 'preprocess')}; "
+            "for your own data --interactions FILE --items FILE --domain NAME",
+        )
+    return names
+
+
+def _shown(manifest: dict[str, Any]) -> list["RenderableType"]:
+    from mmm4rec_cli.console import table
+
+    steps = [(one["step"], one["users"], one["items"], one["rows"]) for one in manifest["counts"]]
+    shares = ("tied_share", "tied in time"), ("text_share", "items with text"), ("image_share", "items with image")
+    said = ", ".join(f"{words} {manifest[key]:.1%}" for key, words in shares)
+    return [
+        table(manifest["domain"], ("step", "users", "items", "interactions"), steps),
+        f"{said}; features: {manifest['features'] or 'none'}",
+    ]
+
+
+def _next(workspace: "Workspace", names: Sequence[str]) -> str:
+    from mmm4rec_cli.data.domains import MIXES
+    from mmm4rec_cli.data.tables import command as command_line
+
+    mix = next((name for name in names if name in MIXES), None)
+    if mix is not None:
+        return command_line(workspace, "pretrain", "--mix", mix)
+    return command_line(workspace, "finetune", "--domain", "scientific" if "scientific" in names else names[0])
