@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmm4rec_cli.data.sequences import Sequences
+from mmm4rec_cli.errors import DataError
 
 DAY = 86_400
 
@@ -62,16 +63,41 @@ def test_windows_equal_the_published_construction(users, max_len):
 
 @settings(max_examples=40, deadline=None)
 @given(histories)
-def test_splits_hold_out_the_last_two_elements(users):
+def test_leave_one_out_holds_out_the_last_two_elements(users):
     sequences, plain = build(users)
+    split = sequences.split("leave_one_out")
     start = np.cumsum([0, *map(len, plain)])
     train = [start[u] + p for u, e in enumerate(plain) for p in range(1, len(e) - 2)]
-    assert sequences.train_targets().tolist() == train
-    assert sequences.held_out("test").tolist() == [start[u] + len(e) - 1 for u, e in enumerate(plain) if len(e) > 1]
-    assert sequences.held_out("valid").tolist() == [start[u] + len(e) - 2 for u, e in enumerate(plain) if len(e) > 2]
-    if len(train):
-        users_of = sequences.users_of(sequences.train_targets()).tolist()
+    assert split.train.tolist() == train
+    assert split.test.tolist() == [start[u] + len(e) - 1 for u, e in enumerate(plain) if len(e) > 1]
+    assert split.valid.tolist() == [start[u] + len(e) - 2 for u, e in enumerate(plain) if len(e) > 2]
+    known = [p < len(e) - 2 for e in plain for p in range(len(e))]
+    assert split.known_N.tolist() == known
+    if train:
+        users_of = sequences.users_of(split.train).tolist()
         assert users_of == [u for u, e in enumerate(plain) for _ in range(1, len(e) - 2)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories, st.sampled_from([0.1, 0.25, 0.4]))
+def test_the_temporal_split_trains_on_nothing_of_the_future(users, share):
+    sequences, plain = build(users)
+    times = sorted(t for e in plain for _, t in e)
+    if not times:
+        return
+    split = sequences.split("temporal", share)
+    first, second = (times[min(int(len(times) * (1 - n * share)), len(times) - 1)] for n in (2, 1))
+    start = np.cumsum([0, *map(len, plain)])
+    train, valid, test = [], [], []
+    for u, events in enumerate(plain):
+        moments = [t for _, t in events]
+        train += [start[u] + p for p, t in enumerate(moments) if p and t < first]
+        between = [p for p, t in enumerate(moments) if first <= t < second]
+        after = [p for p, t in enumerate(moments) if t >= second]
+        valid += [start[u] + p for p in between[:1] if p]
+        test += [start[u] + p for p in after[:1] if p]
+    assert (split.train.tolist(), split.valid.tolist(), split.test.tolist()) == (train, valid, test)
+    assert split.known_N.tolist() == [t < first for e in plain for _, t in e]
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,6 +117,9 @@ def test_a_user_without_interactions_takes_no_place():
         np.array([1, 1], np.int32), np.array([3, 4], np.int32), np.array([5, 6], np.int64), n_users=3
     )
     assert sequences.counts_U.tolist() == [0, 2, 0]
-    assert sequences.held_out("test").tolist() == [1]
-    with pytest.raises(KeyError):
-        sequences.held_out("train")
+    split = sequences.split("leave_one_out")
+    assert split.targets("test").tolist() == [1]
+    with pytest.raises(DataError, match="no valid target"):
+        split.targets("valid")
+    with pytest.raises(ValueError, match="random"):
+        sequences.split("random")

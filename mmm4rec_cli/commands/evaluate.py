@@ -10,6 +10,8 @@ import typer
 from mmm4rec_cli.commands.invocation import Invocation, Result, command
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from mmm4rec_cli.runs import Run
     from mmm4rec_cli.settings import Settings
 
@@ -21,7 +23,9 @@ class Split(StrEnum):
     test = "test"
 
 
-@command("mmm4rec evaluate", "mmm4rec evaluate --run 3fa9c1 --split valid --k 1,5,10 --mask-seen")
+@command(
+    "mmm4rec evaluate", "mmm4rec evaluate --split valid --k 1,5 --mask-seen", "mmm4rec evaluate --by length,popularity"
+)
 def evaluate(
     invocation: Invocation,
     run: Annotated[
@@ -43,18 +47,33 @@ def evaluate(
     mask_seen: Annotated[
         bool, typer.Option("--mask-seen", help="hide the items of the history (never the target)")
     ] = False,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="another run of the domain: paired bootstrap over users, 95 % interval",
+            metavar="RUN",
+            show_default="none",
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="segments, of length,popularity,modality,novelty", metavar="LIST", show_default="none"),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N", show_default="runtime.device = auto")
     ] = None,
 ) -> Result:
     """Rank the whole catalogue for every user and measure where the target stands."""
-    from mmm4rec_cli.console import metric_table
     from mmm4rec_cli.errors import RunError, UsageError
     from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
+    from mmm4rec_cli.evaluation.segments import SEGMENTS
     from mmm4rec_cli.runs import find_run, newest_run
     from mmm4rec_cli.settings import for_run
 
     workspace, reporter = invocation.workspace, invocation.reporter
+    kinds = list(dict.fromkeys(part.strip() for part in (by or "").split(",") if part.strip()))
+    if unknown := [kind for kind in kinds if kind not in SEGMENTS]:
+        raise UsageError(f"--by: unknown segments {', '.join(unknown)}", hint=f"choose of {','.join(SEGMENTS)}")
     options = {"evaluate.k": k, "runtime.device": device}
     if run is not None and Path(run).is_file():
         found, settings = _adopted(invocation, Path(run), domain, options)
@@ -72,17 +91,56 @@ def evaluate(
             )
         resolved = invocation.resolved(options=options)
         settings = for_run(found.settings_document, resolved, run=found.id, reporter=reporter)
-    document = evaluate_run(workspace, found, settings, split=split.value, mask_seen=mask_seen, reporter=reporter)
-    rows = {"seen items hidden" if mask_seen else document["model"]: (document["metrics"], document.get("metrics_sd"))}
-    if mask_seen:
-        rows["all items"] = (document["metrics_unmasked"], None)
+    document = evaluate_run(
+        workspace,
+        found,
+        settings,
+        split=split.value,
+        mask_seen=mask_seen,
+        segments=kinds,
+        compare=None if compare is None else find_run(workspace, compare),
+        reporter=reporter,
+    )
+    return Result(document, *_shown(document))
+
+
+def _shown(document: dict[str, Any]) -> "list[RenderableType]":
+    from mmm4rec_cli.console import metric_table, table
+
+    masked = document["mask_seen"]
+    first = f"{document['model']}, seen items hidden" if masked else document["model"]
+    rows = {first: (document["metrics"], document.get("metrics_sd"))}
+    if masked:
+        rows[f"{document['model']}, all items"] = (document["metrics_unmasked"], None)
     rows |= {name: (values, None) for name, values in document["yardsticks"].items()}
-    facts = (
-        f"{document['n_users']:,} users, {document['n_items']:,} items, ties {document['ties']}; "
-        f"{document['repeated_targets']:.1%} of the targets repeat an item of the history, "
+    shown: list[RenderableType] = [
+        metric_table(f"{document['domain']}, {document['split']}; run {document['run']}", rows)
+    ]
+    if "compare" in document:
+        names = list(document["compare"])
+        found = [document["compare"][name] for name in names]
+        lines = [
+            ["difference", *(f"{one['difference']:+.4f}" for one in found)],
+            ["95 % interval", *(f"{one['low']:+.4f} … {one['high']:+.4f}" for one in found)],
+        ]
+        shown.append(table(f"minus run {document['compared_with']}", ["", *names], lines))
+    for kind, groups in document["segments"].items():
+        names = list(next(iter(groups.values())))
+        cells = [
+            [group, int(values["n_users"]), *(values[name] for name in names[1:])] for group, values in groups.items()
+        ]
+        shown.append(table(f"by {kind}", ["", "users", *names[1:]], cells))
+    shown.append(
+        f"{document['n_users']:,} users, {document['n_items']:,} items, {document['data_split']}, "
+        f"ties {document['ties']}; {document['repeated_targets']:.1%} of the targets repeat an item of the history, "
         f"{document['tied_targets']:.1%} share their time stamp with the event before"
     )
-    return Result(document, metric_table(f"{document['domain']}, {split.value}; run {found.id}", rows), facts)
+    if document["trained_on_later"]:
+        shown.append(
+            f"leakage: on average {document['trained_on_later']:.1%} of what was trained on happened after the target; "
+            "--set data.split=temporal when fine-tuning trains on the past alone"
+        )
+    return shown
 
 
 def _adopted(

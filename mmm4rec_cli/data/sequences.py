@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmm4rec_cli.errors import DataError
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -24,6 +26,35 @@ class Windows:
     """Unix seconds, int64."""
     target_B: Tensor
     """Item ids, int64."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Flat positions of the targets of each part; no target is a user's first interaction."""
+
+    kind: str
+    known_N: Tensor
+    """Interactions that training may see, bool [N]; yardsticks count these alone."""
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+    def targets(self, name: str) -> Tensor:
+        """The targets of `valid` or `test`.
+
+        Raises:
+            DataError: there is none.
+        """
+        targets = {"valid": self.valid, "test": self.test}[name]
+        if not len(targets):
+            raise DataError(
+                f"the {self.kind} split holds no {name} target", hint="it takes users with three interactions; add data"
+            )
+        return targets
+
+    def to(self, device: torch.device) -> "Split":
+        """The same on another device."""
+        return Split(self.kind, *(x.to(device) for x in (self.known_N, self.train, self.valid, self.test)))
 
 
 @dataclass(frozen=True)
@@ -89,24 +120,39 @@ class Sequences:
             target_B=self.items_N[targets_B].long(),
         )
 
-    def train_targets(self) -> Tensor:
-        """Leave-one-out training: every element from a user's second to the last but two (spec 7.4)."""
-        return self._targets(held_out=2)
-
     def all_targets(self) -> Tensor:
         """Pre-training: every element but each user's first (spec 8)."""
-        return self._targets(held_out=0)
-
-    def _targets(self, held_out: int) -> Tensor:
         positions_N = torch.arange(len(self.items_N), device=self.items_N.device)
-        last_N = self.first_N + self.counts_U.repeat_interleave(self.counts_U)
-        return positions_N[(positions_N > self.first_N) & (positions_N < last_N - held_out)]
+        return positions_N[positions_N > self.first_N]
 
-    def held_out(self, split: str) -> Tensor:
-        """Each user's last (`test`) or last but one (`valid`) element, where a history stands before it."""
-        back = {"test": 1, "valid": 2}[split]
-        enough_U = self.counts_U > back
-        return self.offsets_U1[1:][enough_U] - back
+    def split(self, kind: str, share: float = 0.1) -> "Split":
+        """Hold targets out.
+
+        Args:
+            kind: `leave_one_out`: each user's last element is the test target, the last but one the valid target, all
+                before it train (spec 7.4). `temporal`: two moments cut all interactions; what happened before the first
+                trains, each user's first event between them is the valid target, the first one after them the test
+                target, with everything of the user before it as history. Nothing of the future is trained on.
+            share: for `temporal`, share of the interactions after each cut.
+        """
+        positions_N = torch.arange(len(self.items_N), device=self.items_N.device)
+        if kind == "leave_one_out":
+            counts_U, ends_U = self.counts_U, self.offsets_U1[1:]
+            known_N = positions_N < (ends_U - 2).repeat_interleave(counts_U)
+            valid, test = (ends_U[counts_U > back] - back for back in (2, 1))
+        elif kind == "temporal":
+            ordered = self.times_N.sort().values
+            cuts = [ordered[min(int(len(ordered) * (1 - n * share)), len(ordered) - 1)] for n in (2, 1)]
+            known_N = self.times_N < cuts[0]
+            before_N = torch.stack([self.times_N < cut for cut in cuts])
+            period_N = 2 - before_N.sum(0)  # 0 train, 1 valid, 2 test
+            earlier_N = torch.where(positions_N > self.first_N, period_N.roll(1), -1)
+            opens_N = (earlier_N >= 0) & (earlier_N < period_N)  # the first event of its period, with a history
+            valid, test = (positions_N[opens_N & (period_N == p)] for p in (1, 2))
+        else:
+            raise ValueError(f"kind: expected leave_one_out or temporal, got {kind!r}")
+        train = positions_N[known_N & (positions_N > self.first_N)]
+        return Split(kind=kind, known_N=known_N, train=train, valid=valid, test=test)
 
     def repeated(self, targets: Tensor) -> Tensor:
         """Whether the target's item already occurs in the user's history before it, bool."""

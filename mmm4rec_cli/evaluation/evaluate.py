@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mmm4rec_cli.data.sequences import Sequences
 from mmm4rec_cli.device import precision
-from mmm4rec_cli.errors import DataError
 from mmm4rec_cli.evaluation.ranks import Ties, target_ranks
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.reporter import Reporter, SilentReporter
@@ -38,22 +37,10 @@ class Ranking:
     precision: str = "fp32"
 
 
-def split_targets(sequences: Sequences, split: str) -> Tensor:
-    """Flat positions of a split's targets.
-
-    Raises:
-        DataError: no user is long enough.
-    """
-    targets = sequences.held_out(split)
-    if not len(targets):
-        need = {"test": 2, "valid": 3}[split]
-        raise DataError(f"no user has the {need} interactions that the {split} split needs", hint="add data")
-    return targets
-
-
 def rank_split(
     model: SequenceModel,
     sequences: Sequences,
+    targets: Tensor,
     split: str,
     max_len: int,
     ranking: Ranking,
@@ -61,18 +48,18 @@ def rank_split(
     order: Tensor | None = None,
     reporter: Reporter | None = None,
 ) -> RankedSplit:
-    """Rank every user's target of the split; the catalogue is encoded once.
+    """Rank held-out targets, one a user; the catalogue is encoded once.
 
     Args:
         model: on the device of `sequences`; put into evaluation mode here, its mode is restored.
         sequences: the interactions.
-        split: `valid` or `test`.
+        targets: their flat positions.
+        split: what they are called, `valid` or `test`.
         max_len: places of a history.
         ranking: see `Ranking`.
         order: a permutation of the targets (published behaviour Q14 shuffles), or None.
         reporter: told users done, or None for silence.
     """
-    targets = split_targets(sequences, split)
     if order is not None:
         targets = targets[order.to(targets.device)]
     was_training = model.training
@@ -103,15 +90,7 @@ def rank_split(
                 )
             stage.advance(len(block))
     model.train(was_training)
-    rank0 = torch.cat(ranks)
-    users = sequences.users_of(targets)
-    by_user = torch.argsort(users)
-    return RankedSplit(
-        split=split,
-        user_U=users[by_user].cpu(),
-        target_U=sequences.items_N[targets].long()[by_user].cpu(),
-        rank0_U=rank0[by_user].cpu(),
-    )
+    return _by_user(sequences, targets, torch.cat(ranks), split)
 
 
 def _seen(
@@ -134,14 +113,34 @@ def _seen(
         yield slice(begin, begin + step), mask_BV
 
 
-def rank_by_popularity(sequences: Sequences, split: str, n_items: int, ties: Ties = "half") -> RankedSplit:
-    """The yardstick: every item scored by its number of training interactions (held-out ones not counted)."""
-    targets = split_targets(sequences, split)
-    last_N = sequences.first_N + sequences.counts_U.repeat_interleave(sequences.counts_U)
-    positions_N = torch.arange(len(sequences.items_N), device=targets.device)
-    training = sequences.items_N[positions_N < last_N - 2].long()
-    table_V1 = torch.bincount(training, minlength=n_items + 1).double()[:, None]
-    users = sequences.users_of(targets)
+def rank_by_popularity(
+    sequences: Sequences, known_N: Tensor, targets: Tensor, split: str, n_items: int, ties: Ties = "half"
+) -> RankedSplit:
+    """The yardstick: every item scored by its number of interactions that training may see."""
+    table_V1 = torch.bincount(sequences.items_N[known_N].long(), minlength=n_items + 1).double()[:, None]
+    ones_B1 = torch.ones(len(targets), 1).to(table_V1)
     target_U = sequences.items_N[targets].long()
-    rank0 = target_ranks(torch.ones(len(targets), 1).to(table_V1), table_V1, target_U, ties=ties)
-    return RankedSplit(split, users.cpu(), target_U.cpu(), rank0.cpu())
+    rank0 = target_ranks(ones_B1, table_V1, target_U, ties=ties)
+    return _by_user(sequences, targets, rank0, split)
+
+
+def rank_by_repeating(
+    sequences: Sequences, targets: Tensor, split: str, n_items: int, ties: Ties = "half"
+) -> RankedSplit:
+    """The yardstick that recommends the last item again: it stands above all others, which are equal."""
+    target_U = sequences.items_N[targets].long()
+    hit_U = sequences.items_N[targets - 1].long() == target_U
+    among = {"half": 0.5, "optimistic": 0.0, "pessimistic": 1.0}[ties] * max(n_items - 2, 0)
+    rank0 = torch.where(hit_U, 0.0, 1.0 + among).double()
+    return _by_user(sequences, targets, rank0, split)
+
+
+def _by_user(sequences: Sequences, targets: Tensor, rank0: Tensor, split: str) -> RankedSplit:
+    users = sequences.users_of(targets)
+    order = torch.argsort(users)
+    return RankedSplit(
+        split=split,
+        user_U=users[order].cpu(),
+        target_U=sequences.items_N[targets].long()[order].cpu(),
+        rank0_U=rank0[order].cpu(),
+    )

@@ -331,8 +331,11 @@ class _Text:
                 f"{source}: no tokenizer there ({', '.join(sorted(files))})",
                 hint="save the tokenizer beside the model, with save_pretrained",
             )
-        # SigLIP reads its last place, which must be the padding that it saw in training, and it saw no mask
+        # SigLIP (1 and 2) saw lower-case texts, padded on the right to their full length, without a mask, and reads
+        # its last place; the tokenizer files of SigLIP 2 do not all say so
         self._siglip = str(loaded.config.model_type).startswith("siglip")
+        if self._siglip:
+            self._tokenizer.padding_side = "right"
         text_config = getattr(loaded.config, "text_config", loaded.config)
         places = int(getattr(text_config, "max_position_embeddings", max_length))
         if text_config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"}:
@@ -358,7 +361,7 @@ class _Text:
 
     def _tokens(self, batch: Sequence[str]) -> dict[str, Any]:
         tokens = self._tokenizer(
-            list(batch),
+            [text.lower() for text in batch] if self._siglip else list(batch),
             padding="max_length" if self._siglip else True,
             truncation=True,
             max_length=self._length,
@@ -377,6 +380,7 @@ class _Text:
             "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "max_length": self._length,
             "padding": "max_length" if self._siglip else "longest, masked",
+            "case": "lower" if self._siglip else "the tokenizer's",
             "pooling": "joint" if self._joint else "mean" if self._mean else "pooled",
             "normalised": True,
             "dtype": "float32",

@@ -52,8 +52,12 @@ class DataSettings(Section):
 
     min_user: int = Field(5, ge=1, description="k-core: interactions a user must have")
     min_item: int = Field(5, ge=1, description="k-core: interactions an item must have")
-    split: Literal["leave_one_out"] = Field(
-        "leave_one_out", description="how targets are held out: each user's last (test) and last but one (valid)"
+    split: Literal["leave_one_out", "temporal"] = Field(
+        "leave_one_out",
+        description="targets held out: each user's last two, or each user's first after two moments in time",
+    )
+    split_share: float = Field(
+        0.1, gt=0, lt=0.5, description="temporal split: share of the interactions after each of the two moments"
     )
     require_image: bool = Field(False, description="keep only items that name an image")
     require_text: bool = Field(False, description="keep only items that have usable text")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from mmm4rec_cli.data.dataset import Dataset, load_dataset
+from mmm4rec_cli.data.sequences import Split
 from mmm4rec_cli.device import resolve_device
 from mmm4rec_cli.errors import DataError
-from mmm4rec_cli.evaluation.evaluate import RankedSplit, Ranking, rank_by_popularity, rank_split, split_targets
+from mmm4rec_cli.evaluation.evaluate import RankedSplit, Ranking, rank_by_popularity, rank_by_repeating, rank_split
 from mmm4rec_cli.evaluation.metrics import summary
 from mmm4rec_cli.evaluation.rank_files import write_ranks
 from mmm4rec_cli.features.store import encoder_name
@@ -57,9 +58,10 @@ def finetune(
     device = resolve_device(settings.runtime.device)
     reporter = reporter or SilentReporter()
     dataset = load_dataset(workspace, [domain], encoder_name(settings.features))
-    if not len(dataset.sequences.train_targets()):
+    split = dataset.sequences.split(settings.data.split, settings.data.split_share)
+    if not len(split.train):
         raise DataError(
-            f"{domain} holds no training example: no user has four interactions",
+            f"{domain} holds no training example: no user has two interactions to train on",
             hint="add data, or raise data.min_user",
         )
     seeds = list(dict.fromkeys(seeds)) or [settings.runtime.seed]
@@ -126,14 +128,15 @@ def _finetune(
 ) -> dict[str, Any]:
     plan, max_len = settings.finetune, settings.model.max_len
     sequences = dataset.sequences.to(device)
-    targets = sequences.train_targets()
+    split = dataset.sequences.split(settings.data.split, settings.data.split_share).to(device)
+    targets = split.train
     ranking = Ranking(
         ties=settings.evaluate.ties,
         padding_candidate=settings.model.padding_candidate,
         batch_size=settings.evaluate.batch_size,
         precision=settings.runtime.precision,
     )
-    n_valid = len(split_targets(sequences, "valid"))
+    held_out = {name: split.targets(name) for name in ("valid", "test")}
     cutoffs = {*settings.evaluate.k, *([int(plan.metric.split("@")[1])] if "@" in plan.metric else [])}
     with training_in(run, reporter) as log:
         log.note(
@@ -147,8 +150,10 @@ def _finetune(
         network.to(device)
 
         def validate() -> dict[str, float]:
-            order = torch.randperm(n_valid) if plan.shuffle_validation else None
-            return summary(rank_split(network, sequences, "valid", max_len, ranking, order=order).rank0_U, cutoffs)
+            valid = held_out["valid"]
+            order = torch.randperm(len(valid)) if plan.shuffle_validation else None
+            ranked = rank_split(network, sequences, valid, "valid", max_len, ranking, order=order)
+            return summary(ranked.rank0_U, cutoffs)
 
         task = Task(
             "finetune",
@@ -169,9 +174,12 @@ def _finetune(
             reporter=log,
         )
         load_weights(network, read_weights(run.weights), run.weights)
-        ranked = {split: rank_split(network, sequences, split, max_len, ranking) for split in ("valid", "test")}
+        ranked = {
+            name: rank_split(network, sequences, positions, name, max_len, ranking)
+            for name, positions in held_out.items()
+        }
         write_ranks(run.path / "ranks.parquet", ranked.values())
-        result = _result(run, dataset, settings, model, source, ranked)
+        result = _result(run, dataset, settings, model, source, ranked, split)
         result |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "seconds": progress.seconds}
         result |= machine(device)
         run.write("result.json", result)
@@ -180,14 +188,24 @@ def _finetune(
 
 
 def _result(
-    run: Run, dataset: Dataset, settings: Settings, model: str, source: Source | None, ranked: dict[str, RankedSplit]
+    run: Run,
+    dataset: Dataset,
+    settings: Settings,
+    model: str,
+    source: Source | None,
+    ranked: dict[str, RankedSplit],
+    split: Split,
 ) -> dict[str, Any]:
     cutoffs, ties = settings.evaluate.k, settings.evaluate.ties
-    sequences = dataset.sequences
-    tests = sequences.held_out("test")
-    popular = {
-        split: summary(rank_by_popularity(sequences, split, dataset.n_items, ties).rank0_U, cutoffs) for split in ranked
-    }
+    sequences, split = dataset.sequences, split.to(torch.device("cpu"))
+    yardsticks: dict[str, dict[str, dict[str, float]]] = {"popularity": {}, "repeat last": {}}
+    for name in ranked:
+        targets = split.targets(name)
+        popular = rank_by_popularity(sequences, split.known_N, targets, name, dataset.n_items, ties)
+        repeated = rank_by_repeating(sequences, targets, name, dataset.n_items, ties)
+        yardsticks["popularity"][name] = summary(popular.rank0_U, cutoffs)
+        yardsticks["repeat last"][name] = summary(repeated.rank0_U, cutoffs)
+    tests = split.test
     return {
         "run": run.id,
         "domain": dataset.name,
@@ -196,10 +214,11 @@ def _result(
         "epochs": 0,
         "seconds": 0.0,
         "pretrained": None if source is None else source.label,
-        "metrics": {split: summary(r.rank0_U, cutoffs) for split, r in ranked.items()},
-        "yardsticks": {"popularity": popular},
+        "metrics": {name: summary(r.rank0_U, cutoffs) for name, r in ranked.items()},
+        "yardsticks": yardsticks,
         "seeds": [settings.runtime.seed],
         "ties": ties,
+        "split": split.kind,
         "n_users": len(tests),
         "n_items": dataset.n_items,
         "repeated_targets": float(sequences.repeated(tests).double().mean()),

@@ -64,7 +64,9 @@ def test_json_holds_the_documented_keys_and_nothing_else_is_printed(shop, capsys
     code, out, _ = run(capsys, "finetune", "--domain", "ring", "--pretrained", "none", "--json", *shop)
     assert code == 0
     result = json.loads(out)
-    assert {"run", "domain", "model", "best_epoch", "epochs", "seconds", "pretrained", "metrics", "seeds"} <= set(result)
+    assert {"run", "domain", "model", "best_epoch", "epochs", "seconds", "pretrained", "metrics", "seeds"} <= set(
+        result
+    )
     assert set(result["metrics"]) == {"valid", "test"}
     code, out, err = run(capsys, "evaluate", "--json", "--quiet", "--split", "valid", *shop)
     assert (code, err) == (0, "")

@@ -150,7 +150,9 @@ def test_hint_is_the_exact_command_of_the_domain(tmp_path):
     (here.raw("magazine") / "Magazine_Subscriptions.csv").touch()
     assert tables.preprocess_command(here, "magazine") == f"mmm4rec preprocess --domain magazine {where}"
     there = Workspace(Path("my shop"))
-    assert tables.preprocess_command(there, "office").endswith("mmm4rec preprocess --domain office --workspace 'my shop'")
+    assert tables.preprocess_command(there, "office").endswith(
+        "mmm4rec preprocess --domain office --workspace 'my shop'"
+    )
 
 
 @pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet", "users.parquet", "manifest.json"])

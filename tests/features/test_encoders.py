@@ -83,6 +83,16 @@ def test_siglip_reads_sentencepiece_padded_to_the_end_and_unmasked(load, model):
     np.testing.assert_allclose(encoder.text.texts(["Red cotton scarf!"])[0], expected / expected.norm(), atol=1e-6)
 
 
+def test_siglip_with_a_tokenizer_of_other_habits_is_fed_as_it_was_trained(load, model, tmp_path):
+    folder = tmp_path / "left"
+    shutil.copytree(model("siglip"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"padding_side": "left", "do_lower_case": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    expected = load(encoder=model("siglip")).text.texts(["Red Cotton scarf"])
+    np.testing.assert_allclose(load(encoder=str(folder)).text.texts(["Red Cotton scarf"]), expected, atol=1e-6)
+
+
 def test_siglip_pictures_are_squeezed_to_the_square_and_scaled_to_one(load, model):
     encoder = load(encoder=model("siglip"))
     prepared = encoder.image.prepare(Image.new("RGB", (100, 50), (255, 0, 127)))

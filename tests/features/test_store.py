@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,3 +201,16 @@ def test_ids_and_folders_become_clean_file_names(name, slug):
 )
 def test_the_settings_name_the_features_file(given_, name):
     assert encoder_name(FeatureSettings(**given_)) == name
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("store", ["torch", "transformers", "polars", "sklearn", "PIL", "httpx"]),
+        ("extract", ["torch", "transformers", "polars", "sklearn"]),
+    ],
+)
+def test_importing_the_rooms_needs_neither_models_nor_polars(module, absent):
+    code = f"import sys, mmm4rec_cli.features.{module}; sys.exit(str([m for m in {absent} if m in sys.modules] or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""

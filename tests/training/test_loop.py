@@ -31,7 +31,7 @@ def plain(workspace, make_domain, small_settings):
     dataset = load_dataset(workspace, ["ring"], "test")
     torch.manual_seed(0)
     model = build_model("mmm4rec", settings.model, dataset.model_features("mean")).double()
-    return model, dataset.sequences, dataset.sequences.train_targets(), settings
+    return model, dataset.sequences, dataset.sequences.split("leave_one_out").train, settings
 
 
 def epoch(plain, **plan):

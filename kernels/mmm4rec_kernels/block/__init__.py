@@ -12,10 +12,15 @@ import torch
 from mmm4rec_kernels import arguments, sequences
 from mmm4rec_kernels.backend import choose
 from mmm4rec_kernels.block import composed
+from mmm4rec_kernels.block.ops import ssd_block_forward
 from mmm4rec_kernels.block.parts import CrossProjections, cut
 from mmm4rec_kernels.ssd import Skip
 
 __all__ = ["CrossProjections", "ssd_block"]
+
+MAX_LENGTH = 64
+MAX_WIDTH = 128
+"""Longest sequence, and largest head dim and state, that the fused kernels take; beyond, the operations run one by one."""
 
 
 def ssd_block(
@@ -33,6 +38,7 @@ def ssd_block(
     skip: Skip = "dt_x",
     lengths: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    max_length: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Convolution, SiLU, split, time factor, scan, skip, gate and norm.
@@ -59,6 +65,7 @@ def ssd_block(
         skip: "dt_x" (published MMM4Rec) or "x" (Mamba-2), what D multiplies.
         lengths: [B] int, sequences are right-padded: the result is 0 behind each end, and nothing there reaches it.
         cu_seqlens: [S + 1] int offsets of S packed sequences; then the leading dimensions are [1, T].
+        max_length: with cu_seqlens, a bound on the longest sequence; None reads it from the device, which waits.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
@@ -74,10 +81,34 @@ def ssd_block(
     )
     arguments.member("skip", skip, ("x", "dt_x"))
     sequences.check(lengths, cu_seqlens, main.shape[0], main.shape[1], main.device)
-    chosen = choose("ssd_block", backend, main, fits=False, unfit="the kernels are not built")
     width, heads = norm_weight_E.shape[0], A_log_H.shape[0]
+    states = (conv_weight_CK.shape[0] - width) // 2
+    longest = main.shape[1] if cu_seqlens is None else max_length or sequences.longest(cu_seqlens)
+    unfit = _unfit(projected, longest, width // heads, states // n_groups)
+    chosen = choose("ssd_block", backend, main, fits=not unfit, unfit=unfit)
+    if chosen == "triton":
+        crossing = isinstance(projected, CrossProjections)
+        out, _ = ssd_block_forward(
+            main,
+            projected.z if crossing else None,
+            projected.C if crossing else None,
+            time_factor_BLH,
+            conv_weight_CK.contiguous(),
+            conv_bias_C,
+            A_log_H,
+            D_H,
+            dt_bias_H,
+            norm_weight_E,
+            lengths if cu_seqlens is None else cu_seqlens,
+            cu_seqlens is not None,
+            longest,
+            n_groups,
+            eps,
+            skip == "dt_x",
+        )
+        return out
     return composed.run(
-        cut(projected, width, (conv_weight_CK.shape[0] - width) // 2, heads),
+        cut(projected, width, states, heads),
         conv_weight_CK,
         conv_bias_C,
         A_log_H,
@@ -92,6 +123,18 @@ def ssd_block(
         cu_seqlens=cu_seqlens,
         backend=chosen,
     )
+
+
+def _unfit(projected: torch.Tensor | CrossProjections, longest: int, head_dim: int, state: int) -> str:
+    """Why the fused kernels cannot take these sizes; empty if they can."""
+    if longest > MAX_LENGTH:
+        return f"sequences of {longest} places, at most {MAX_LENGTH}"
+    if max(head_dim, state) > MAX_WIDTH:
+        return f"head dim {head_dim} and state {state}, at most {MAX_WIDTH}"
+    tensors = projected if isinstance(projected, CrossProjections) else (projected,)
+    if any(t.stride(-1) != 1 for t in tensors):
+        return "the columns of a place are not contiguous"
+    return ""
 
 
 def _check(

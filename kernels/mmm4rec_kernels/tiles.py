@@ -1,0 +1,82 @@
+"""Triton pieces shared by the kernels: step sizes, decays, gates, places of a sequence in memory.
+
+A tile is BL neighbouring places of one sequence. `b_` is a block value, `p_` a pointer, `i_` a program index, `o_` offsets,
+`m_` a mask. Only modules that launch kernels import this one: it imports Triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+FULL = tl.constexpr(0)
+LENGTHS = tl.constexpr(1)
+PACKED = tl.constexpr(2)
+
+
+@triton.jit
+def sequence_bounds(p_ends, i_sequence, length, ENDS: tl.constexpr):
+    """First row in a packed tensor (else 0), places of this sequence, places to write."""
+    if ENDS == PACKED:
+        first = tl.load(p_ends + i_sequence).to(tl.int64)
+        count = (tl.load(p_ends + i_sequence + 1).to(tl.int64) - first).to(tl.int32)
+        return first, count, count
+    elif ENDS == LENGTHS:
+        return tl.zeros((), tl.int64), tl.load(p_ends + i_sequence).to(tl.int32), length
+    else:
+        return tl.zeros((), tl.int64), length, length
+
+
+@triton.jit
+def sequence_start(first, i_sequence, batch_stride, ROW: tl.constexpr, ALIGN: tl.constexpr, ENDS: tl.constexpr):
+    """Offset of a sequence's first row; ALIGN divides ROW, and batch_stride is given in units of it."""
+    if ENDS == PACKED:
+        return first * ROW
+    else:
+        return tl.cast(i_sequence, tl.int64) * batch_stride * ALIGN
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + e^v), with full relative precision where it is tiny."""
+    e = tl.exp(tl.minimum(v, 20.0))
+    u = 1.0 + e
+    back = u - 1.0
+    inner = tl.where(back == 0.0, e, tl.log(u) * (e / tl.where(back == 0.0, 1.0, back)))
+    return tl.where(v > 20.0, v, inner)
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp2(v * -LOG2E))
+
+
+@triton.jit
+def decay_matrix(b_total, BL: tl.constexpr):
+    """2^(sum over (s, t]) for s <= t, else 0, from float64 running sums of base-2 logarithms.
+
+    The difference is formed from two float32 parts, so nothing is lost behind a very negative step.
+    """
+    high = b_total.to(tl.float32)
+    low = (b_total - high.to(tl.float64)).to(tl.float32)
+    o_l = tl.arange(0, BL)
+    between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    return tl.where(o_l[:, None] >= o_l[None, :], tl.exp2(between), 0.0)
+
+
+@triton.jit
+def dot(a, b, KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """Matrix product with float32 sums; operands are rounded to KIND first."""
+    return tl.dot(a.to(KIND), b.to(KIND), input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def decay_gradient(b_between):
+    """Gradient of the one-step logarithms: sums of b_between[t, s] over the rectangles t >= r > s.
+
+    Row and column sums are taken in float64, where their difference is exact enough to be summed backwards.
+    """
+    b_wide = b_between.to(tl.float64)
+    return tl.sum(b_wide, 1) - tl.sum(b_wide, 0)
