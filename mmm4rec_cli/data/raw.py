@@ -180,8 +180,8 @@ def line_batches(path: Path, hint: str) -> Iterator[pl.DataFrame]:
             try:
                 piece = stream.read(_PIECE_BYTES)
             except EOFError:
-                where = number + rest.count(b"\n")
-                raise DataError(f"{path}: its gzip stream is cut off behind line {where}", hint=hint) from None
+                size = path.stat().st_size
+                raise DataError(f"{path}: its gzip stream is cut off after {size:,} bytes", hint=hint) from None
             except (gzip.BadGzipFile, zlib.error) as error:
                 where = number + rest.count(b"\n")
                 raise DataError(

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -126,13 +127,18 @@ def _locked(run: Run) -> Iterator[None]:
 
 @contextmanager
 def training_in(run: Run, reporter: Reporter) -> Iterator[LoggedReporter]:
-    """Hold the run's lock and log to its `output.log`.
+    """Hold the run's lock and log to its `output.log`; a run that fails before its first whole epoch leaves nothing.
 
     Raises:
         RunError: another process trains in it.
     """
     with _locked(run):
-        yield LoggedReporter(reporter, run.path / "output.log")
+        try:
+            yield LoggedReporter(reporter, run.path / "output.log")
+        except BaseException:
+            if not any(file.stat().st_size for file in run.path.glob("**/metrics.jsonl")):
+                shutil.rmtree(run.path)
+            raise
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_cut_gzip_stream(tmp_path):
     path = tmp_path / "meta.json.gz"
     packed = gzip.compress(b"".join(b'{"asin": "%d%s"}\n' % (n, bytes(str(n * 7919), "ascii")) for n in range(5000)))
     path.write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(DataError, match=r"meta\.json\.gz: its gzip stream is cut off behind line \d+$") as caught:
+    with pytest.raises(DataError, match=r"meta\.json\.gz: its gzip stream is cut off after [\d,]+ bytes$") as caught:
         decode(path)
     assert caught.value.hint == "fetch it"
 
