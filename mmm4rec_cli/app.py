@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from mmm4rec_cli import __version__
+from mmm4rec_cli.commands.demo import demo
 from mmm4rec_cli.commands.doctor import doctor
 from mmm4rec_cli.commands.download import download
 from mmm4rec_cli.commands.evaluate import evaluate
@@ -28,6 +29,7 @@ from mmm4rec_cli.console import print_json, show_error
 from mmm4rec_cli.errors import DataError, DeviceError, UsageError, UserError
 
 COMMANDS: tuple[tuple[str, Command], ...] = (
+    ("Data", demo),
     ("Data", download),
     ("Data", preprocess),
     ("Training", pretrain),

@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "reporter": 0,
     "files": 0,
+    "published": 0,
     "settings": 1,
     "workspace": 1,
     "device": 1,

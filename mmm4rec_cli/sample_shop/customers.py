@@ -1,9 +1,10 @@
 """Who buys in the sample shop: users whose next choice follows what they saw, read and when they last came.
 
-The rule is the same in every domain. An item has a theme: its colour (to see) and its material (to read about).
-After a purchase that came soon after the one before, the user completes the set: same material, the next colour of a
-cycle. After a purchase that came after a long break, the user refits: same colour, the next material of a cycle. Among
-items of the theme sought, fame and the user's favourite pattern decide. Now and then the choice is any famous item.
+The rule is the same in every domain. An item has a theme: its colour (to see) and its material (to read about). Users
+furnish: the next purchase has the next colour of one cycle and the next material of another. Such purchases follow
+one another within days. Now and then a user comes back after weeks for a one-off, any famous item, and then goes on
+from the purchase before it: so the gap before a purchase tells whether it counts. Among items of the theme sought,
+fame and the user's favourite pattern decide.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ class Rule:
 
     next_colour: np.ndarray
     next_material: np.ndarray
-    stray: float = 0.12
-    """Share of choices that follow no rule."""
+    one_off: float = 0.2
+    """Share of purchases that follow no rule; they come after weeks, all others within days."""
     favourite: float = 4.0
     """How much likelier an item of the favourite pattern is."""
 
@@ -72,22 +73,20 @@ def simulate(goods: Goods, rule: Rule, rng: np.random.Generator) -> Purchases:
     place = 0
     for user in range(n_users):
         time = BEGIN + rng.uniform(0, 365 * DAY)
-        soon = False
-        item = -1
+        anchor = -1
         for step in range(lengths[user]):
-            if step == 0 or rng.random() < rule.stray:
+            one_off = step > 0 and rng.random() < rule.one_off
+            if anchor < 0 or one_off:
                 row = chances[-1]
             else:
-                colour, material = int(goods.colours[item]), int(goods.materials[item])
-                if soon:
-                    colour = int(rule.next_colour[colour])
-                else:
-                    material = int(rule.next_material[material])
+                colour = int(rule.next_colour[goods.colours[anchor]])
+                material = int(rule.next_material[goods.materials[anchor]])
                 row = chances[(colour * N_MATERIALS + material) * N_PATTERNS + int(favourites[user])]
             item = int(np.searchsorted(row, rng.random(), side="right"))
+            if not one_off:
+                anchor = item
             if step:
-                soon = rng.random() < 0.5
-                time += np.exp(rng.normal(np.log(3 * HOUR), 0.8) if soon else rng.normal(np.log(35 * DAY), 0.5))
+                time += np.exp(rng.normal(np.log(60 * DAY), 0.4) if one_off else rng.normal(np.log(10 * HOUR), 0.8))
             items[place], stamps[place] = item, int(time)
             place += 1
     return Purchases(users=users, items=items, timestamps=stamps)

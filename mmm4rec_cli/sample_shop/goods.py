@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HUES = {"red": 2, "amber": 44, "green": 125, "blue": 215, "violet": 285}
+HUES = {"red": 2, "amber": 46, "green": 115, "teal": 170, "blue": 222, "violet": 288}
 """Colour families and their hue in degrees: what pictures show."""
 
 PATTERNS = ("plain", "rings", "posts", "slants")
@@ -67,7 +67,7 @@ SOURCES = (
 """Domains to pre-train on."""
 
 TARGET = Line(
-    "shop-garden", "GA", 700, 200, 2.0,
+    "shop-garden", "GA", 700, 240, 1.0,
     ("planter", "birdhouse", "trellis", "vase", "bench", "feeder", "chime", "basket"),
     ("Greenacre", "Wren", "Mossgate", "Larkspur", "Orchard"),
     ("the terrace", "a shady corner", "the rose bed", "the balcony", "the greenhouse"),
@@ -85,12 +85,12 @@ OPENINGS = (
     "By hand: first {made}, then joined with {stuff}.",
 )
 MIDDLES = (
-    "The {finished} finish stays {feel}.",
-    "{Finished} and {feel}.",
-    "{Finished} parts, {stuff} heart.",
-    "Every {finished} piece is {feel}.",
-    "{Finished} work that lasts.",
-    "Both {made} and {finished}.",
+    "The {made} {stuff} stays {feel}.",
+    "{Stuff} this {made} is {feel}.",
+    "{Made} parts, {stuff} heart.",
+    "Every {made} piece of {stuff} is {feel}.",
+    "{Stuff} that lasts, {made} with care.",
+    "Both {made} and {finished}, all {stuff}.",
 )
 CLOSINGS = (
     "",
@@ -153,17 +153,16 @@ def draw_goods(line: Line, rng: np.random.Generator) -> Goods:
 
 
 def _describe(line: Line, kind: int, material: int, rng: np.random.Generator) -> tuple[str, str]:
-    """A title and two or three sentences, with the kind and four different words of the material."""
+    """A title and two or three sentences, with the kind and, again and again, the material's words."""
 
     def pick(choices: tuple[str, ...]) -> str:
         return choices[int(rng.integers(len(choices)))]
 
     nouns, adjectives = MATERIALS[MATERIAL_NAMES[material]]
-    titled, stuff = (nouns[int(i)] for i in rng.permutation(len(nouns))[:2])
+    stuff = pick(nouns)
     made, finished = (adjectives[int(i)] for i in rng.permutation(len(adjectives))[:2])
     text = " ".join((pick(OPENINGS), pick(MIDDLES), pick(CLOSINGS))).format(
-        kind=line.kinds[kind], stuff=stuff, made=made, finished=finished,
-        Stuff=stuff.title(), Made=made.title(), Finished=finished.title(),
+        kind=line.kinds[kind], stuff=stuff, made=made, finished=finished, Stuff=stuff.title(), Made=made.title(),
         feel=pick(FEELS), place=pick(line.places), people=pick(PEOPLE),
     )  # fmt: skip
-    return f"{titled.title()} {line.kinds[kind]}", text.strip()
+    return f"{made.title()} {stuff} {line.kinds[kind]}", text.strip()

@@ -1,0 +1,99 @@
+"""`mmm4rec demo`."""
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmm4rec_cli.commands.invocation import Invocation, Result, command
+from mmm4rec_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from mmm4rec_cli.sample_shop import Shop
+
+
+@command("mmm4rec demo --workspace demo", "mmm4rec demo --workspace demo --seed 7")
+def demo(
+    invocation: Invocation,
+    seed: Annotated[int, typer.Option(help="which sample shop is drawn", min=0)] = 1,
+) -> Result:
+    """Draw a sample shop and run the whole pipeline on it: with and without pre-training, beside popularity."""
+    from mmm4rec_cli.console import table
+    from mmm4rec_cli.training.finetune import finetune
+    from mmm4rec_cli.training.pretrain import pretrain
+
+    workspace, reporter = invocation.workspace, invocation.reporter
+    begin = time.perf_counter()
+    shop = _written(invocation, seed)
+    settings = invocation.settings()
+    _preprocessed(invocation, shop)
+    before = pretrain(workspace, [domain.name for domain in shop.sources], settings, reporter=reporter)
+    target = shop.target.name
+    scratch = finetune(workspace, target, settings, pretrained="none", reporter=reporter)
+    tuned = finetune(workspace, target, settings, pretrained=before["run"], reporter=reporter)
+
+    popular = scratch["yardsticks"]["popularity"]["test"]
+    rows = [_row("popularity", popular), _row("from scratch", scratch), _row("pre-trained", tuned)]
+    seconds = time.perf_counter() - begin
+    document = {
+        "seed": seed,
+        "domain": target,
+        "rows": rows,
+        "runs": {"pretrain": before["run"], "scratch": scratch["run"], "pretrained": tuned["run"]},
+        "seconds": seconds,
+    }
+    facts = (
+        f"{scratch['n_users']:,} users and {scratch['n_items']:,} items of {target}, test split, the whole catalogue "
+        f"ranked; pre-trained on {before['n_targets']:,} purchases of {len(shop.sources)} other domains in "
+        f"{before['seconds']:.0f} s; everything in {seconds:.0f} s"
+    )
+    shown = table(f"sample shop {seed}", [name.replace("_", " ") for name in rows[0]], [list(r.values()) for r in rows])
+    return Result(document, shown, facts, next=f"mmm4rec evaluate --workspace {workspace.root} --by length,popularity")
+
+
+def _row(label: str, result: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table, from a run's result or a yardstick's metrics."""
+    metrics = result["metrics"]["test"] if "metrics" in result else result
+    return {
+        "model": label,
+        **{name: metrics[name] for name in ("Hit@10", "NDCG@10", "MRR")},
+        "best_epoch": result.get("best_epoch"),
+        "train_seconds": round(result["seconds"]) if "seconds" in result else None,
+    }
+
+
+def _written(invocation: Invocation, seed: int) -> "Shop":
+    """The shop's files and the settings that go with it, in the workspace.
+
+    Raises:
+        UsageError: the workspace holds settings of its own, which the demo would not overwrite.
+    """
+    from mmm4rec_cli.sample_shop import SHOP_SETTINGS, write_shop
+
+    config = invocation.workspace.config
+    if config.is_file() and config.read_text(encoding="utf-8") != SHOP_SETTINGS:
+        raise UsageError(f"{config} is not the demo's", hint="name an empty folder: mmm4rec demo --workspace demo")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(SHOP_SETTINGS, encoding="utf-8")
+    with invocation.reporter.stage("draw the sample shop"):
+        return write_shop(invocation.workspace.raw("any").parent, seed)
+
+
+def _preprocessed(invocation: Invocation, shop: "Shop") -> None:
+    from mmm4rec_cli.data.images import fetch_images
+    from mmm4rec_cli.data.preprocess import build_tables
+    from mmm4rec_cli.features.extract import extract_features
+
+    workspace, reporter = invocation.workspace, invocation.reporter
+    for domain in shop.domains:
+        settings = invocation.settings(domain=domain.name)
+        build_tables(
+            workspace,
+            domain.name,
+            settings.data,
+            interactions=domain.interactions,
+            items=domain.items,
+            reporter=reporter,
+        )
+        fetch_images(workspace, domain.name, settings.data, offline=True, reporter=reporter)
+        extract_features(workspace, domain.name, settings.features, settings.runtime.device, reporter)

@@ -1,0 +1,53 @@
+"""The examples run as they stand."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mmm4rec_cli.app import main
+from mmm4rec_cli.published import published_domains, published_result
+from mmm4rec_cli.settings import Settings, load
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def module(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.mark.parametrize("domain", published_domains())
+def test_a_settings_file_a_domain_is_the_preset_spelled_out(domain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load(EXAMPLES / "settings" / f"{domain}.toml")
+    assert settings == load(domain=domain)
+    assert settings.finetune.metric == published_result(domain, item_bias=True).valid_metric
+    assert settings.model_copy(update={"finetune": Settings().finetune}) == Settings()
+
+
+def test_own_data_runs_as_its_readme_says(tmp_path, monkeypatch, capsys):
+    for name in ("sales.csv", "products.jsonl", "mmm4rec.toml"):
+        shutil.copy(EXAMPLES / "own_data" / name, tmp_path)
+    module(EXAMPLES / "own_data" / "make_pictures.py").main(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["--domain", "tea", "--interactions", "sales.csv", "--items", "products.jsonl"]
+    assert main(["preprocess", *words]) == 0
+    assert "k-core" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "data/processed/tea/manifest.json").read_text())
+    assert manifest["text_share"] == 1
+    assert 0.7 < manifest["image_share"] < 0.9
+    assert main(["finetune", "--domain", "tea", "--pretrained", "none", "--epochs", "3"]) == 0
+    assert main(["evaluate", "--k", "5,10", "--mask-seen"]) == 0
+    assert "Hit@5" in capsys.readouterr().out
+
+
+def test_quickstart_ends_with_a_metric(tmp_path, capsys):
+    result = module(EXAMPLES / "quickstart.py").main(tmp_path, epochs=2)
+    assert "NDCG@10 on test" in capsys.readouterr().out
+    popular = result["yardsticks"]["popularity"]["test"]["NDCG@10"]
+    assert result["metrics"]["test"]["NDCG@10"] > popular
