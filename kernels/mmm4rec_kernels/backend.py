@@ -18,8 +18,8 @@ import torch
 _log = logging.getLogger("mmm4rec_kernels")
 
 OPERATIONS: Mapping[str, tuple[str, ...]] = {
-    "ssd": ("reference", "torch", "triton", "mamba_ssm"),
-    "causal_conv1d": ("reference", "torch", "triton", "causal_conv1d"),
+    "ssd": ("reference", "torch", "triton"),
+    "causal_conv1d": ("reference", "torch", "triton"),
     "gated_rms_norm": ("reference", "torch", "triton"),
     "ssd_block": ("reference", "torch", "triton"),
 }
@@ -67,15 +67,6 @@ def _probe_triton() -> Availability:
     return Availability(True, f"triton {version}, {torch.cuda.get_device_name()}")
 
 
-def _probe_peer(package: str, distribution: str) -> Availability:
-    version = _version(package, distribution)
-    if version is None:
-        return Availability(False, f"{distribution} is not installed")
-    if not torch.cuda.is_available():
-        return Availability(False, f"{distribution} {version} is installed, but torch sees no CUDA device")
-    return Availability(True, f"{distribution} {version}")
-
-
 def availability(backend: str) -> Availability:
     """Whether one backend can run on this machine.
 
@@ -88,10 +79,6 @@ def availability(backend: str) -> Availability:
         return Availability(True, f"torch {torch.__version__}, any device")
     if backend == "triton":
         return _probe_triton()
-    if backend == "mamba_ssm":
-        return _probe_peer("mamba_ssm", "mamba-ssm")
-    if backend == "causal_conv1d":
-        return _probe_peer("causal_conv1d", "causal-conv1d")
     raise ValueError(f"backend: no backend is called {backend!r}")
 
 

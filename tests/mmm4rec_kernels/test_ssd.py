@@ -167,5 +167,7 @@ def test_bad_offsets_are_named(scan_inputs):
 def test_an_absent_backend_says_why(scan_inputs):
     inputs = scan_inputs(1, 5)
     inputs.pop("cotangent")
-    with pytest.raises(BackendUnavailable, match="mamba"):
-        ssd(**inputs, backend="mamba_ssm")
+    if torch.cuda.is_available():
+        pytest.skip("Triton can run here")
+    with pytest.raises(BackendUnavailable, match="triton' cannot run here"):
+        ssd(**inputs, backend="triton")

@@ -15,12 +15,9 @@ from mmm4rec_kernels.block import composed
 from mmm4rec_kernels.block.ops import ssd_block_forward
 from mmm4rec_kernels.block.parts import CrossProjections, cut
 from mmm4rec_kernels.ssd import Skip
+from mmm4rec_kernels.ssd.ops import MAX_WIDTH
 
 __all__ = ["CrossProjections", "ssd_block"]
-
-MAX_LENGTH = 64
-MAX_WIDTH = 128
-"""Longest sequence, and largest head dim and state, that the fused kernels take; beyond, the operations run one by one."""
 
 
 def ssd_block(
@@ -83,15 +80,15 @@ def ssd_block(
     sequences.check(lengths, cu_seqlens, main.shape[0], main.shape[1], main.device)
     width, heads = norm_weight_E.shape[0], A_log_H.shape[0]
     states = (conv_weight_CK.shape[0] - width) // 2
-    longest = main.shape[1] if cu_seqlens is None else max_length or sequences.longest(cu_seqlens)
-    unfit = _unfit(projected, longest, width // heads, states // n_groups)
+    unfit = _unfit(projected, width // heads, states // n_groups)
     chosen = choose("ssd_block", backend, main, fits=not unfit, unfit=unfit)
     if chosen == "triton":
-        crossing = isinstance(projected, CrossProjections)
-        out, _ = ssd_block_forward(
+        longest = main.shape[1] if cu_seqlens is None else max_length or sequences.longest(cu_seqlens)
+        crossing = projected if isinstance(projected, CrossProjections) else None
+        out, *_ = ssd_block_forward(
             main,
-            projected.z if crossing else None,
-            projected.C if crossing else None,
+            None if crossing is None else crossing.z,
+            None if crossing is None else crossing.C,
             time_factor_BLH,
             conv_weight_CK.contiguous(),
             conv_bias_C,
@@ -125,10 +122,8 @@ def ssd_block(
     )
 
 
-def _unfit(projected: torch.Tensor | CrossProjections, longest: int, head_dim: int, state: int) -> str:
+def _unfit(projected: torch.Tensor | CrossProjections, head_dim: int, state: int) -> str:
     """Why the fused kernels cannot take these sizes; empty if they can."""
-    if longest > MAX_LENGTH:
-        return f"sequences of {longest} places, at most {MAX_LENGTH}"
     if max(head_dim, state) > MAX_WIDTH:
         return f"head dim {head_dim} and state {state}, at most {MAX_WIDTH}"
     tensors = projected if isinstance(projected, CrossProjections) else (projected,)

@@ -1,6 +1,6 @@
 """The fused block as operators of torch, with shapes for tracing and a gradient. The kernels are imported when one runs.
 
-Letters as in `fused`. Arguments as in `fused.forward`.
+Letters as in `fused`, whose `forward` explains the arguments. K is the number of tiles of a sequence in the scan.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from mmm4rec_kernels.ssd.ops import TILE
 
 
 @torch.library.custom_op("mmm4rec_kernels::ssd_block", mutates_args=())
@@ -28,11 +30,11 @@ def ssd_block_forward(
     groups: int,
     eps: float,
     skip_dt: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised output [B, L, E] and 1/rms [B, L]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalised output [B, L, E], 1/rms [B, L], y [B, L, E], states [B, H, K, P, N] if K > 1, convolved xBC or xB, C."""
     from mmm4rec_kernels.block import fused
 
-    return fused.forward(
+    out, saved = fused.forward(
         projected,
         z,
         C,
@@ -50,22 +52,52 @@ def ssd_block_forward(
         eps,
         skip_dt,
     )
+    return (out, *saved[:4], saved[4] if C is not None else projected.new_empty(0))
 
 
 @ssd_block_forward.register_fake
 def _forward_shapes(
-    projected: torch.Tensor, *arguments: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+    projected: torch.Tensor,
+    z: torch.Tensor | None,
+    C: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm: torch.Tensor,
+    ends: torch.Tensor | None,
+    packed: bool,
+    longest: int,
+    groups: int,
+    eps: float,
+    skip_dt: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, length = projected.shape[:2]
-    norm = arguments[8]
-    return projected.new_empty(batch, length, norm.shape[0]), projected.new_empty(batch, length, dtype=torch.float32)
+    width, heads = norm.shape[0], A_log.shape[0]
+    states = (weight.shape[0] - width) // 2
+    sequences = ends.shape[0] - 1 if packed and ends is not None else batch
+    tiles = (longest + TILE - 1) // TILE
+    kept = (sequences, heads, tiles, width // heads, states // groups) if tiles > 1 else (0,)
+    return (
+        projected.new_empty(batch, length, width),
+        projected.new_empty(batch, length, dtype=torch.float32),
+        projected.new_empty(batch, length, width),
+        projected.new_empty(kept, dtype=torch.float32),
+        projected.new_empty(batch, length, width + (2 if C is None else 1) * states),
+        projected.new_empty((0,) if C is None else (batch, length, states)),
+    )
 
 
 @torch.library.custom_op("mmm4rec_kernels::ssd_block_backward", mutates_args=())
 def ssd_block_backward(
     grad: torch.Tensor,
-    out: torch.Tensor,
     scale: torch.Tensor,
+    y: torch.Tensor,
+    kept: torch.Tensor,
+    act: torch.Tensor,
+    act_C: torch.Tensor,
     projected: torch.Tensor,
     z: torch.Tensor | None,
     C: torch.Tensor | None,
@@ -86,9 +118,8 @@ def ssd_block_backward(
     from mmm4rec_kernels.block import fused
 
     return fused.backward(
-        grad,
-        out,
-        scale,
+        grad.contiguous(),
+        [scale, y, kept, act] if C is None else [scale, y, kept, act, act_C],
         projected,
         z,
         C,
@@ -110,8 +141,11 @@ def ssd_block_backward(
 @ssd_block_backward.register_fake
 def _backward_shapes(
     grad: torch.Tensor,
-    out: torch.Tensor,
     scale: torch.Tensor,
+    y: torch.Tensor,
+    kept: torch.Tensor,
+    act: torch.Tensor,
+    act_C: torch.Tensor,
     projected: torch.Tensor,
     z: torch.Tensor | None,
     C: torch.Tensor | None,
@@ -131,23 +165,24 @@ def _backward_shapes(
     return like(projected), like(z), like(C), like(factor), projected.new_empty(size, dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    tensors, ctx.options = inputs[:11], (*inputs[11:14], inputs[15])
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.options = (*inputs[11:14], inputs[15])
+    ctx.save_for_backward(*output[1:], *inputs[:11])
 
 
-def _backward(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if grad is None:
         return (None,) * 16
     saved = ctx.saved_tensors
-    _, z, C, factor, weight, bias, A_log, D, dt_bias, norm = saved[2:12]
+    _projected, z, C, factor, weight, bias, A_log, D, dt_bias, norm, _ends = saved[5:]
     packed, longest, groups, skip_dt = ctx.options
     d_projected, d_z, d_C, d_factor, flat = ssd_block_backward(grad, *saved, packed, longest, groups, skip_dt)
     parameters = (weight, bias, norm, A_log, D, dt_bias)
     d_weight, d_bias, d_norm, d_A_log, d_D, d_dt_bias = (
-        part.view(p.shape).to(p.dtype) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters)
+        part.view(p.shape).to(p.dtype)
+        for part, p in zip(torch.split(flat, [p.numel() for p in parameters]), parameters, strict=True)
     )
     return (
         d_projected,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from mmm4rec_kernels import arguments, sequences
 from mmm4rec_kernels.backend import choose
 from mmm4rec_kernels.conv1d import eager, reference
+from mmm4rec_kernels.conv1d.ops import conv_forward
 
 __all__ = ["causal_conv1d"]
 
@@ -39,7 +40,7 @@ def causal_conv1d(
         activation: "silu" or None.
         lengths: [B] int, sequences are right-padded: the result is 0 behind each end.
         cu_seqlens: [S + 1] int offsets of S packed sequences; then x is [1, T, C].
-        backend: "auto", "reference", "torch", "triton" or "causal_conv1d".
+        backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         [B, L, C] in the dtype of x.
@@ -51,6 +52,8 @@ def causal_conv1d(
     arguments.dimensions("x_BLC", x_BLC, "[B, L, C]", 3)
     arguments.floating("x_BLC", x_BLC)
     batch, length, channels = x_BLC.shape
+    if length < 1:
+        raise ValueError(f"x_BLC: expected shape [B, L, C] with L >= 1, got {list(x_BLC.shape)}")
     arguments.dimensions("weight_CK", weight_CK, "[C, K]", 2)
     if weight_CK.shape[0] != channels or not 2 <= weight_CK.shape[1] <= 4:
         raise ValueError(f"weight_CK: expected shape [C, K] = [{channels}, 2 to 4], got {list(weight_CK.shape)}")
@@ -61,7 +64,17 @@ def causal_conv1d(
     arguments.member("activation", activation, (None, "silu"))
     sequences.check(lengths, cu_seqlens, batch, length, x_BLC.device)
 
-    chosen = choose("causal_conv1d", backend, x_BLC, fits=False, unfit="the kernels are not built")
+    chosen = choose("causal_conv1d", backend, x_BLC)
+    if chosen == "triton":
+        return conv_forward(
+            x_BLC if x_BLC.stride(-1) == 1 else x_BLC.contiguous(),
+            weight_CK.contiguous(),
+            bias,
+            lengths if cu_seqlens is None else cu_seqlens,
+            cu_seqlens is not None,
+            length if cu_seqlens is None else sequences.longest(cu_seqlens),
+            activation == "silu",
+        )
     compute = torch.promote_types(x_BLC.dtype, torch.float32)
     x, weight = x_BLC.to(compute), weight_CK.to(compute)
     if cu_seqlens is not None:

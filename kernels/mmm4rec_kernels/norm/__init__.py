@@ -7,6 +7,7 @@ import torch
 from mmm4rec_kernels import arguments
 from mmm4rec_kernels.backend import choose
 from mmm4rec_kernels.norm import eager, reference
+from mmm4rec_kernels.norm.ops import MAX_WIDTH, norm_forward
 
 __all__ = ["gated_rms_norm"]
 
@@ -49,7 +50,17 @@ def gated_rms_norm(
     arguments.like("weight", weight, "y", y)
     if eps < 0:
         raise ValueError(f"eps: expected a number that is not negative, got {eps}")
-    chosen = choose("gated_rms_norm", backend, y, fits=False, unfit="the kernels are not built")
+    unfit = "" if y.shape[-1] <= MAX_WIDTH else f"rows of {y.shape[-1]}, at most {MAX_WIDTH}"
+    chosen = choose("gated_rms_norm", backend, y, fits=not unfit, unfit=unfit)
+    if chosen == "triton":
+        out, _ = norm_forward(_planes(y), _planes(z), weight, eps, norm_before_gate)
+        return out.reshape(y.shape)
     compute = torch.promote_types(y.dtype, torch.float32)
     normalise = reference.normalise if chosen == "reference" else eager.normalise
     return normalise(y.to(compute), z.to(compute), weight.to(compute), eps, norm_before_gate).to(y.dtype)
+
+
+def _planes(t: torch.Tensor) -> torch.Tensor:
+    """[..., E] as [B, L, E] with contiguous columns."""
+    t = t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.dim() == 3 else t.reshape(1, -1, t.shape[-1])

@@ -12,6 +12,7 @@ import torch
 from mmm4rec_kernels import arguments, sequences
 from mmm4rec_kernels.backend import choose
 from mmm4rec_kernels.ssd import eager, reference
+from mmm4rec_kernels.ssd.ops import MAX_WIDTH, scan_forward
 from mmm4rec_kernels.ssd.steps import step_sizes
 
 __all__ = ["ssd"]
@@ -101,7 +102,7 @@ def ssd(
         return_final_states: also return S behind each sequence's last place.
         lengths: [B] int, sequences are right-padded: y is 0 behind each end, and nothing there reaches the result.
         cu_seqlens: [S + 1] int offsets of S packed sequences; the leading dimensions are then [1, T], of states [S].
-        backend: "auto", "reference", "torch", "triton" or "mamba_ssm".
+        backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         y [B, L, H, P] in the dtype of x; with return_final_states also the states [B, H, P, N] (float32 at least).
@@ -111,7 +112,27 @@ def ssd(
         BackendUnavailable: an explicit backend cannot run here or cannot take the call.
     """
     _check(x, dt, A, B, C, D, dt_bias, dt_limit, skip, initial_states, lengths, cu_seqlens)
-    chosen = choose("ssd", backend, x, fits=False, unfit="the kernels are not built")
+    unfit = "" if max(x.shape[3], B.shape[3]) <= MAX_WIDTH else f"head dim and state are at most {MAX_WIDTH}"
+    chosen = choose("ssd", backend, x, fits=not unfit, unfit=unfit)
+    if chosen == "triton":
+        y, _, last = scan_forward(
+            _rows(x),
+            dt,
+            A,
+            _rows(B),
+            _rows(C),
+            D,
+            dt_bias,
+            initial_states,
+            lengths if cu_seqlens is None else cu_seqlens,
+            cu_seqlens is not None,
+            x.shape[1] if cu_seqlens is None else sequences.longest(cu_seqlens),
+            dt_softplus,
+            None if dt_limit is None else list(dt_limit),
+            skip == "dt_x",
+            return_final_states,
+        )
+        return (y, last) if return_final_states else y
     compute = torch.promote_types(x.dtype, torch.float32)
     x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN = (t.to(compute) for t in (x, dt, A, B, C))
     D_HP = None if D is None else D.to(compute).reshape(x.shape[2], -1)
@@ -126,7 +147,6 @@ def ssd(
         outside = ~sequences.mask(lengths, x.shape[1])
         dt_BLH = dt_BLH.masked_fill(outside[..., None], 0)
         x_BLHP, B_BLGN, C_BLGN = (t.masked_fill(outside[..., None, None], 0) for t in (x_BLHP, B_BLGN, C_BLGN))
-    y: torch.Tensor
     final: torch.Tensor | None
     if chosen == "reference":
         y, final = reference.scan(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_HP, skip, initial)
@@ -139,6 +159,11 @@ def ssd(
         return y
     assert final is not None
     return y, final
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """The tensor with its last dimension contiguous."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _check(

@@ -1,0 +1,181 @@
+"""The scan as operators of torch, with shapes for tracing and a gradient. The kernels are imported when one runs.
+
+Letters: B sequences, L places, H heads, P head dim, G groups, N state, K tiles of a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+TILE = 32
+MAX_WIDTH = 128
+"""Places of a tile of long sequences; largest head dim and state that the kernels take."""
+
+
+@torch.library.custom_op("mmm4rec_kernels::ssd", mutates_args=())
+def scan_forward(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    initial: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    packed: bool,
+    longest: int,
+    softplus: bool,
+    limit: list[float] | None,
+    skip_dt: bool,
+    want_final: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y [B, L, H, P], kept states [B, H, K, P, N] and last states [B, H, P, N]; arguments as in `fused.forward`."""
+    from mmm4rec_kernels.ssd import fused
+
+    low_high = None if limit is None else (limit[0], limit[1])
+    return fused.forward(
+        x, dt, A, B, C, D, bias, initial, ends, packed, longest, softplus, low_high, skip_dt, want_final
+    )
+
+
+@scan_forward.register_fake
+def _forward_shapes(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    initial: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    packed: bool,
+    longest: int,
+    softplus: bool,
+    limit: list[float] | None,
+    skip_dt: bool,
+    want_final: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sequences = ends.shape[0] - 1 if packed and ends is not None else x.shape[0]
+    tiles = (longest + TILE - 1) // TILE
+    states = (sequences, x.shape[2], x.shape[3], B.shape[3])
+    keep = tiles > 1 or initial is not None or want_final
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((*states[:2], tiles, *states[2:]) if keep else (0,), dtype=torch.float32),
+        x.new_empty(states if want_final else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mmm4rec_kernels::ssd_backward", mutates_args=())
+def scan_backward(
+    grad: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    states: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    initial: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    packed: bool,
+    longest: int,
+    softplus: bool,
+    limit: list[float] | None,
+    skip_dt: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, dt, B, C, initial, of A, bias and D together [3, H], and of D [H, P]."""
+    from mmm4rec_kernels.ssd import fused
+
+    low_high = None if limit is None else (limit[0], limit[1])
+    d_x, d_dt, d_B, d_C, d_initial, sums, d_D = fused.backward(
+        grad,
+        grad_final,
+        states,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        bias,
+        initial,
+        ends,
+        packed,
+        longest,
+        softplus,
+        low_high,
+        skip_dt,
+    )
+    return d_x.view(x.shape), d_dt, d_B.view(B.shape), d_C.view(B.shape), d_initial, sums, d_D
+
+
+@scan_backward.register_fake
+def _backward_shapes(
+    grad: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    states: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    initial: torch.Tensor | None,
+    *arguments: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = D is not None and D.dim() == 2
+    return (
+        x.new_empty(x.shape),
+        dt.new_empty(dt.shape),
+        B.new_empty(B.shape),
+        C.new_empty(C.shape),
+        x.new_empty((0,) if initial is None else initial.shape, dtype=torch.float32),
+        x.new_empty((3, x.shape[2]), dtype=torch.float32),
+        x.new_empty(x.shape[2:] if wide else (0,), dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = inputs[9:14]
+    ctx.save_for_backward(output[1], *inputs[:9])
+
+
+def _backward(
+    ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None, grad_final: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    states, *tensors = ctx.saved_tensors
+    x, _dt, A, _B, _C, D, bias, initial, _ends = tensors
+    if grad is None and grad_final is None:
+        return (None,) * 15
+    if grad is None:
+        grad = torch.zeros_like(x)
+    if grad_final is not None and grad_final.numel() == 0:
+        grad_final = None
+    d_x, d_dt, d_B, d_C, d_initial, sums, wide = scan_backward(grad, grad_final, states, *tensors, *ctx.options)
+    d_D = None
+    if D is not None:
+        d_D = (wide if D.dim() == 2 else sums[2]).to(D.dtype)
+    return (
+        d_x,
+        d_dt,
+        sums[0].to(A.dtype),
+        d_B,
+        d_C,
+        d_D,
+        None if bias is None else sums[1].to(bias.dtype),
+        None if initial is None else d_initial.to(initial.dtype),
+        *(None,) * 7,
+    )
+
+
+scan_forward.register_autograd(_backward, setup_context=_save)
