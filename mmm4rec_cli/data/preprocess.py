@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from mmm4rec_cli import __version__
 from mmm4rec_cli.data import domains
 from mmm4rec_cli.data.columns import (
     IMAGE,
@@ -155,7 +155,7 @@ def build_tables(
     frames = _frames(log, [part.metadata.frame for part in parts])
     n_items = len(log.items)
     manifest = identity | {
-        "mmm4rec": _version(),
+        "mmm4rec": __version__,
         "counts": [{"step": step} | count for step, count in counts.items()],
         "rounds": max(part.rounds for part in parts),
         "users": len(log.users),
@@ -328,11 +328,3 @@ def _frames(log: Log, metadata: list[pl.DataFrame]) -> dict[str, pa.Table]:
         "items": ids.join(pl.concat(metadata), on=RAW_ITEM_ID, how="left", maintain_order="left").to_arrow(),
         "users": users.to_arrow(),
     }
-
-
-def _version() -> str | None:
-    """The installed version of this package, None when it runs from a bare checkout."""
-    try:
-        return version("mmm4rec")
-    except PackageNotFoundError:
-        return None
