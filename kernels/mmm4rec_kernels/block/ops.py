@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mmm4rec_kernels.ssd.ops import TILE
+from mmm4rec_kernels.ssd.ops import tile_count
 
 
 @torch.library.custom_op("mmm4rec_kernels::ssd_block", mutates_args=())
@@ -78,7 +78,7 @@ def _forward_shapes(
     width, heads = norm.shape[0], A_log.shape[0]
     states = (weight.shape[0] - width) // 2
     sequences = ends.shape[0] - 1 if packed and ends is not None else batch
-    tiles = (longest + TILE - 1) // TILE
+    tiles = tile_count(longest)
     kept = (sequences, heads, tiles, width // heads, states // groups) if tiles > 1 else (0,)
     return (
         projected.new_empty(batch, length, width),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import align, kind, precision, tile
-from mmm4rec_kernels.ssd.ops import TILE
+from mmm4rec_kernels.ssd.ops import LONG_TILE, ONE_TILE, tile_count
 from mmm4rec_kernels.tiles import (
     LENGTHS,
     LOG2E,
@@ -362,8 +362,8 @@ def _sizes(
 ) -> tuple[int, int, int, int, int]:
     """Sequences, places of a tile, tiles, and P and N rounded up."""
     sequences = ends.numel() - 1 if packed and ends is not None else x.shape[0]
-    places = min(TILE, tile(longest))
-    return sequences, places, max(1, triton.cdiv(longest, places)), tile(x.shape[3]), tile(B.shape[3])
+    places = tile(longest) if longest <= ONE_TILE else LONG_TILE
+    return sequences, places, tile_count(longest), tile(x.shape[3]), tile(B.shape[3])
 
 
 def _strides(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
