@@ -1,6 +1,7 @@
-"""The fused block as operators of torch, with shapes for tracing and a gradient. The kernels are imported when one runs.
+"""The fused block as operators of torch, with shapes for tracing and a gradient.
 
-Letters as in `fused`, whose `forward` explains the arguments. K is the number of tiles of a sequence in the scan.
+The kernels are imported when one runs. Letters as in `fused`, whose `forward` explains the arguments. K is the number of
+tiles of a sequence in the scan.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def ssd_block_forward(
     eps: float,
     skip_dt: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised output [B, L, E], 1/rms [B, L], y [B, L, E], states [B, H, K, P, N] if K > 1, convolved xBC or xB, C."""
+    """Normalised output and y [B, L, E], 1/rms [B, L], states [B, H, K, P, N] if K > 1, convolved xBC or xB and C."""
     from mmm4rec_kernels.block import fused
 
     out, saved = fused.forward(
@@ -52,7 +53,8 @@ def ssd_block_forward(
         eps,
         skip_dt,
     )
-    return (out, *saved[:4], saved[4] if C is not None else projected.new_empty(0))
+    scale, y, kept, act, *act_C = saved
+    return out, scale, y, kept, act, act_C[0] if act_C else projected.new_empty(0)
 
 
 @ssd_block_forward.register_fake

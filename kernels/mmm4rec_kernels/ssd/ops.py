@@ -39,7 +39,7 @@ def scan_forward(
     skip_dt: bool,
     want_final: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [B, L, H, P], kept states [B, H, K, P, N] and last states [B, H, P, N]; arguments as in `fused.forward`."""
+    """Y [B, L, H, P], kept states [B, H, K, P, N] and last states [B, H, P, N]; arguments as in `fused.forward`."""
     from mmm4rec_kernels.ssd import fused
 
     low_high = None if limit is None else (limit[0], limit[1])
