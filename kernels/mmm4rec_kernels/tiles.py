@@ -1,5 +1,4 @@
 # Triton kernels carry no Python types, and their arguments are explained at the top of the file.
-# ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Triton pieces shared by the kernels: step sizes, decays, gates, places of a sequence in memory.
 

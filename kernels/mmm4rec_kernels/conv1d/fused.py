@@ -1,5 +1,5 @@
 # Triton kernels carry no Python types, and their arguments are explained at the top of the file.
-# ruff: noqa: ANN001, ANN201, D103, SIM108
+# ruff: noqa: SIM108
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The convolution as one Triton kernel each way, running along the places with the last few of them in registers.
 

@@ -1,5 +1,4 @@
 # Triton kernels carry no Python types, and their arguments are explained at the top of the file.
-# ruff: noqa: ANN001, ANN201, D103
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The gated norm as one Triton kernel each way. Letter: E width.
 
