@@ -1,7 +1,7 @@
 """The fused block as operators of torch, with shapes for tracing and a gradient.
 
-The kernels are imported when one runs. Letters as in `fused`, whose `forward` explains the arguments. K is the number of
-tiles of a sequence in the scan.
+The kernels are imported when one runs. Letters as in `fused`, whose `forward` explains the arguments. K is the
+number of tiles of a sequence in the scan.
 """
 
 from __future__ import annotations
