@@ -124,11 +124,18 @@ def later_share(dataset: Dataset, held_out: Split, targets: torch.Tensor) -> flo
 
 
 def check_finished(run: Run) -> None:
+    """Raise RunError unless the run came to its end or is an adopted checkpoint."""
     if not run.finished and run.about["command"] != "evaluate":
         raise RunError(f"run {run.id} is not finished", hint="finish it with --resume, or choose another run")
 
 
 def run_dataset(workspace: Workspace, run: Run) -> Dataset:
+    """The present tables and vectors of what a run was trained on.
+
+    Raises:
+        RunError: a domain of the run has been removed.
+        DataError: the files there are not whole.
+    """
     about = run.about
     try:
         return load_dataset(workspace, about["domains"], about["encoder"])
