@@ -140,9 +140,7 @@ def block_forward(
         at_C = at_B + G * N
         b_dt = tl.load(p_x + DT_AT + o_l * ROW_X + i_h, mask=m_in, other=0.0).to(tl.float32)
         if WITH_FACTOR:
-            b_dt *= tl.load(p_factor + factor_at + o_l * factor_row + i_h * factor_column, mask=m_in, other=0.0).to(
-                tl.float32
-            )
+            b_dt *= tl.load(p_factor + factor_at + o_l * factor_row + i_h * factor_column, mask=m_in, other=0.0).to(tl.float32)
         b_step = softplus(b_dt + tl.load(p_dt_bias + i_h).to(tl.float32))
         b_step = tl.where(m_in, b_step, 0.0)
         A = -tl.exp(tl.load(p_A_log + i_h).to(tl.float32))
@@ -363,9 +361,7 @@ def block_backward(
 
         b_z = tl.load((p_z + z_at + at_x) + (o_l[:, None] * ROW_Z + o_p[None, :]), mask=m_x, other=0.0).to(tl.float32)
         b_z_gate = sigmoid(b_z)
-        b_grad = tl.load((p_grad + row * E + at_x) + (o_l[:, None] * E + o_p[None, :]), mask=m_x, other=0.0).to(
-            tl.float32
-        )
+        b_grad = tl.load((p_grad + row * E + at_x) + (o_l[:, None] * E + o_p[None, :]), mask=m_x, other=0.0).to(tl.float32)
         b_scale = tl.load(p_scale + row + o_l, mask=m_in, other=0.0)
         b_product = tl.load(p_products + row + o_l, mask=m_in, other=0.0) / E
         b_normed = b_y * (b_z * b_z_gate) * b_scale[:, None]
@@ -384,8 +380,8 @@ def block_backward(
         b_ends = decay_gradient(b_W * b_M)
         b_da = (tl.sum(b_ends, 0) - tl.cumsum(b_ends, 0) + b_ends).to(tl.float32)
         b_dscores = b_W * b_decay
-        b_dC = dot(b_dscores, b_B, KIND, PRECISION)
-        b_dB = dot(tl.trans(b_dscores), b_C, KIND, PRECISION)
+        b_dC = dot(b_dscores, b_B, KIND, PRECISION) 
+        b_dB = dot(tl.trans(b_dscores), b_C, KIND, PRECISION) 
         b_dwrites = dot(tl.trans(b_M), b_dy, KIND, PRECISION)
         if SKIP_DT:
             b_dwrites += D * b_dy
@@ -397,11 +393,11 @@ def block_backward(
         b_ddt = tl.where(m_in, b_dstep * sigmoid(b_dt), 0.0)
         bias_sum += b_ddt
         if WITH_FACTOR:
-            tl.store(
-                p_dfactor + row * H + o_l * H + i_h, (b_ddt * b_raw).to(p_dfactor.dtype.element_ty), mask=m_written
-            )
+            tl.store(p_dfactor + row * H + o_l * H + i_h, (b_ddt * b_raw).to(p_dfactor.dtype.element_ty), mask=m_written)
             b_ddt *= b_factor
-        tl.store((p_dx + row * ROW_DX + DT_AT + i_h) + o_l * ROW_DX, b_ddt.to(p_dx.dtype.element_ty), mask=m_written)
+        tl.store(
+            (p_dx + row * ROW_DX + DT_AT + i_h) + o_l * ROW_DX, b_ddt.to(p_dx.dtype.element_ty), mask=m_written
+        )
 
         # Hand the gradients of x, B and C over from tiles to rows: what follows runs along the places.
         p_tile = p_scratch + o_l[:, None] * BR

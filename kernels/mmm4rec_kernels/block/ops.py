@@ -53,7 +53,9 @@ def ssd_block_forward(
 
 
 @ssd_block_forward.register_fake
-def _forward_shapes(projected: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_shapes(
+    projected: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length = projected.shape[:2]
     norm = arguments[8]
     return projected.new_empty(batch, length, norm.shape[0]), projected.new_empty(batch, length, dtype=torch.float32)
