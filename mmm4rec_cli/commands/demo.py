@@ -20,6 +20,8 @@ def demo(
 ) -> Result:
     """Draw a sample shop and run the whole pipeline on it: with and without pre-training, beside popularity."""
     from mmm4rec_cli.console import table
+    from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
+    from mmm4rec_cli.runs import find_run
     from mmm4rec_cli.training.finetune import finetune
     from mmm4rec_cli.training.pretrain import pretrain
 
@@ -39,8 +41,15 @@ def demo(
         workspace, target, settings, pretrained=before["run"], reporter=reporter
     )
 
-    popular = scratch["yardsticks"]["popularity"]["test"]
-    rows = [_row("popularity", popular), _row("from scratch", scratch), _row("pre-trained", tuned)]
+    tested = {
+        label: evaluate_run(workspace, find_run(workspace, result["run"]), settings, reporter=reporter)
+        for label, result in (("from scratch", scratch), ("pre-trained", tuned))
+    }
+    rows = [
+        _row("popularity", tested["from scratch"]["yardsticks"]["popularity"]),
+        _row("from scratch", tested["from scratch"]["metrics"], scratch),
+        _row("pre-trained", tested["pre-trained"]["metrics"], tuned),
+    ]
     seconds = time.perf_counter() - begin
     document = {
         "seed": seed,
@@ -58,14 +67,13 @@ def demo(
     return Result(document, shown, facts, next=f"mmm4rec evaluate --workspace {workspace.root} --by length,popularity")
 
 
-def _row(label: str, result: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table, from a run's result or a yardstick's metrics."""
-    metrics = result["metrics"]["test"] if "metrics" in result else result
+def _row(label: str, metrics: dict[str, float], training: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One line of the table."""
     return {
         "model": label,
         **{name: metrics[name] for name in ("Hit@10", "NDCG@10", "MRR")},
-        "best_epoch": result.get("best_epoch"),
-        "train_seconds": round(result["seconds"]) if "seconds" in result else None,
+        "best_epoch": None if training is None else training["best_epoch"],
+        "train_seconds": None if training is None else round(training["seconds"]),
     }
 
 
