@@ -20,6 +20,7 @@ from mmm4rec_cli.commands.demo import demo
 from mmm4rec_cli.commands.doctor import doctor
 from mmm4rec_cli.commands.download import download
 from mmm4rec_cli.commands.evaluate import evaluate
+from mmm4rec_cli.commands.export import export
 from mmm4rec_cli.commands.finetune import finetune
 from mmm4rec_cli.commands.invocation import Command
 from mmm4rec_cli.commands.preprocess import preprocess
@@ -37,6 +38,7 @@ COMMANDS: tuple[tuple[str, Command], ...] = (
     ("Training", finetune),
     ("Results", evaluate),
     ("Results", recommend),
+    ("Results", export),
     ("Results", runs),
     ("Machine", doctor),
 )
