@@ -24,6 +24,7 @@ from mmm4rec_cli.commands.finetune import finetune
 from mmm4rec_cli.commands.invocation import Command
 from mmm4rec_cli.commands.preprocess import preprocess
 from mmm4rec_cli.commands.pretrain import pretrain
+from mmm4rec_cli.commands.report import report
 from mmm4rec_cli.commands.runs import runs
 from mmm4rec_cli.console import print_json, show_error
 from mmm4rec_cli.errors import DataError, DeviceError, UsageError, UserError
@@ -35,6 +36,7 @@ COMMANDS: tuple[tuple[str, Command], ...] = (
     ("Training", pretrain),
     ("Training", finetune),
     ("Results", evaluate),
+    ("Results", report),
     ("Results", runs),
     ("Machine", doctor),
 )
