@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -19,13 +20,13 @@ _VARIABLES = {INK: "--ink", QUIET: "--quiet", GRID: "--line", **{c: f"--s{i + 1}
 
 # A run is told by its line and mark, or by its hatching, not by its colour alone.
 LINES, MARKS, HATCHES = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P"), ("", "////", "....", "xxxx")
-WIDTH, HEIGHT = 4.6, 3.0
+WIDTH, HEIGHT = 4.0, 2.8
 """Inches: at 360 pixels of screen the text still has its size."""
 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    options = {
+    options: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "mmm4rec",
         "font.family": "sans-serif",
@@ -174,7 +175,7 @@ def ablation_bars(runs: Sequence[Facts], metric: str) -> str:
     heights = {
         run.label: [run.weighing.without.get(part, {}).get(metric) for part in parts] for run in weighed if run.weighing
     }
-    names = ["whole\nmodel" if part == "nothing" else f"no {part}".replace(" ", "\n", 1) for part in parts]
+    names = ["whole\nmodel" if part == "nothing" else f"no {part}".replace(" ", "\n") for part in parts]
 
     def draw(axes: Axes) -> None:
         _bars(axes, names, heights, "{:.4f}" if len(weighed) == 1 else "{:.3f}")
@@ -199,7 +200,7 @@ def _bars(axes: Axes, names: Sequence[str], heights: Mapping[str, Sequence[float
             hatch=HATCHES[i % len(HATCHES)],
             label=label,
         )
-        if len(heights) * len(names) <= 8:
+        if len(heights) * len(names) <= 6:
             texts = ["" if value is None else shape.format(value) for value in values]
             axes.bar_label(bars, texts, padding=2, fontsize=8.5)
     axes.set_xticks(range(len(names)), names)

@@ -104,6 +104,7 @@ def cases(
     position_of = dict(zip(dataset.sequences.users_of(targets).tolist(), targets.tolist(), strict=True))
     chosen = torch.tensor([position_of[user] for user in users.tolist()])
     pictures = Pictures(workspace, dataset)
+    model.eval()
     with torch.inference_mode():
         moved = chosen.to(device)
         windows = sequences.windows(moved, settings.model.max_len, with_target_time=model.reads_target_time)

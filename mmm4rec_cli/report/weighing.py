@@ -48,6 +48,7 @@ class _OneTable(SequenceModel):
         super().__init__(padding_candidate=model.padding_candidate, mask_duplicate_labels=True)
         self.model, self.table_VD = model, table_VD
         self.reads_target_time = model.reads_target_time
+        self.eval()  # ranking restores this mode, and the model's with it
 
     def forward(self, items_BL: Tensor, lengths_B: Tensor, timestamps_BL: Tensor) -> Tensor:
         user_BD: Tensor = self.model(items_BL, lengths_B, timestamps_BL)
@@ -83,6 +84,7 @@ def weigh(
     """
     if not isinstance(model, MMM4Rec):
         return None
+    model.eval()
     tests = split.targets("test")
     chosen = tests[torch.linspace(0, len(tests) - 1, min(SAMPLE, len(tests))).round().long()].to(device)
     sequences = dataset.sequences.to(device)
@@ -104,7 +106,7 @@ def weigh(
             with _without_time(model):
                 without["time streams"] = measure(text_VD + image_VD)
         parts = []
-        for block in chosen.split(512):
+        for block in torch.split(chosen, 512):
             windows = sequences.windows(block, max_len, with_target_time=model.reads_target_time)
             user_BD = model(windows.items_BT, windows.lengths_B, windows.timestamps_BT)
             top_B = 1 + (user_BD @ (text_VD + image_VD)[1:].T).argmax(1)
