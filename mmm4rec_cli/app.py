@@ -24,6 +24,7 @@ from mmm4rec_cli.commands.finetune import finetune
 from mmm4rec_cli.commands.invocation import Command
 from mmm4rec_cli.commands.preprocess import preprocess
 from mmm4rec_cli.commands.pretrain import pretrain
+from mmm4rec_cli.commands.recommend import recommend
 from mmm4rec_cli.commands.report import report
 from mmm4rec_cli.commands.runs import runs
 from mmm4rec_cli.console import print_json, show_error
@@ -36,6 +37,7 @@ COMMANDS: tuple[tuple[str, Command], ...] = (
     ("Training", pretrain),
     ("Training", finetune),
     ("Results", evaluate),
+    ("Results", recommend),
     ("Results", report),
     ("Results", runs),
     ("Machine", doctor),

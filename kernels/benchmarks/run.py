@@ -2,9 +2,9 @@
 
     python kernels/benchmarks/run.py --out kernels/benchmarks/results/h200.jsonl
 
-A row is one form of one operation at one shape: median and 20 % and 80 % quantiles of the device time of CUDA-graph replays and,
-beside it, the host time of an ordinary call. The byte floor counts each input read once and each output written once.
-Letters: B sequences, L places, E width, H heads, P head dim, G groups, N state, C channels, K taps.
+A row is one form of one operation at one shape: median and 20 % and 80 % quantiles of the device time of CUDA-graph
+replays and, beside it, the host time of an ordinary call. The byte floor counts each input read once and each output
+written once. Letters: B sequences, L places, E width, H heads, P head dim, G groups, N state, C channels, K taps.
 """
 
 from __future__ import annotations
@@ -193,7 +193,11 @@ def host_time(step: Callable[[], object], count: int = 10) -> float:
 
 
 def rows(name: str, case: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
-    modes = (("float32", torch.float32, "highest"), ("float32", torch.float32, "high"), ("bfloat16", torch.bfloat16, "high"))
+    modes = (
+        ("float32", torch.float32, "highest"),
+        ("float32", torch.float32, "high"),
+        ("bfloat16", torch.bfloat16, "high"),
+    )
     for batch, length in case["shapes"]:
         for label, dtype, precision in modes:
             for form, function in case["forms"].items():
@@ -234,7 +238,10 @@ def timed(row: dict[str, Any], function: Callable[..., torch.Tensor], inputs: Te
     def both() -> None:
         torch.autograd.grad(function(**leaves), list(leaves.values()), cotangent)
 
-    for direction, step, moved in (("forward", forward, size + result), ("forward+backward", both, 3 * size + 2 * result)):
+    for direction, step, moved in (
+        ("forward", forward, size + result),
+        ("forward+backward", both, 3 * size + 2 * result),
+    ):
         times = replays(step)
         yield {
             **row,
@@ -256,9 +263,12 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device")
-    commit = options.commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        options.commit
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     about = {
         "commit": commit,
         "device": torch.cuda.get_device_name(),

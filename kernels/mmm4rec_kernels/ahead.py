@@ -1,6 +1,7 @@
 """Compiling kernels for a GPU that is not there, to see what they need: registers, spilled bytes, shared memory.
 
-A call's launches are recorded instead of run, then each is compiled for the named architecture. Not under the interpreter.
+A call's launches are recorded instead of run, then each is compiled for the named architecture. Not under the
+interpreter.
 """
 
 from __future__ import annotations

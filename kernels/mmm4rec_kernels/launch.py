@@ -27,7 +27,7 @@ def precision() -> str:
 
 def tile(size: int) -> int:
     """The power of two that holds `size`, at least 16, the smallest side of a matrix product."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def align(*strides: int) -> int:

@@ -1,7 +1,9 @@
+# Triton kernels carry no Python types, and their arguments are explained at the top of the file.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Triton pieces shared by the kernels: step sizes, decays, gates, places of a sequence in memory.
 
-A tile is BL neighbouring places of one sequence. `b_` is a block value, `p_` a pointer, `i_` a program index, `o_` offsets,
-`m_` a mask. Only modules that launch kernels import this one: it imports Triton.
+A tile is BL neighbouring places of one sequence. `b_` is a block value, `p_` a pointer, `i_` a program index, `o_`
+offsets, `m_` a mask. Only modules that launch kernels import this one: it imports Triton.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def sigmoid(v):
     if INTERPRETED:
         return 1.0 / u
     else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

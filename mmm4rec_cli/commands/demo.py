@@ -10,6 +10,7 @@ from mmm4rec_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mmm4rec_cli.sample_shop import Shop
+    from mmm4rec_cli.settings import Settings
 
 
 @command("mmm4rec demo --workspace demo", "mmm4rec demo --workspace demo --seed 7")
@@ -27,10 +28,16 @@ def demo(
     shop = _written(invocation, seed)
     settings = invocation.settings()
     _preprocessed(invocation, shop)
-    before = pretrain(workspace, [domain.name for domain in shop.sources], settings, reporter=reporter)
-    target = shop.target.name
-    scratch = finetune(workspace, target, settings, pretrained="none", reporter=reporter)
-    tuned = finetune(workspace, target, settings, pretrained=before["run"], reporter=reporter)
+    sources, target = [domain.name for domain in shop.sources], shop.target.name
+    before = _finished(invocation, "pretrain", sources, settings) or pretrain(
+        workspace, sources, settings, reporter=reporter
+    )
+    scratch = _finished(invocation, "finetune", [target], settings) or finetune(
+        workspace, target, settings, pretrained="none", reporter=reporter
+    )
+    tuned = _finished(invocation, "finetune", [target], settings, before["run"]) or finetune(
+        workspace, target, settings, pretrained=before["run"], reporter=reporter
+    )
 
     popular = scratch["yardsticks"]["popularity"]["test"]
     rows = [_row("popularity", popular), _row("from scratch", scratch), _row("pre-trained", tuned)]
@@ -60,6 +67,24 @@ def _row(label: str, result: dict[str, Any]) -> dict[str, Any]:
         "best_epoch": result.get("best_epoch"),
         "train_seconds": round(result["seconds"]) if "seconds" in result else None,
     }
+
+
+def _finished(
+    invocation: Invocation, command: str, domains: list[str], settings: "Settings", pretrained: str | None = None
+) -> dict[str, Any] | None:
+    """The result of an earlier demo's run on the same data with the same settings, or None."""
+    from mmm4rec_cli.data.dataset import load_dataset
+    from mmm4rec_cli.runs import newest_run
+    from mmm4rec_cli.training.start import identity
+
+    workspace = invocation.workspace
+    dataset = load_dataset(workspace, domains, settings.features.encoder)
+    about = identity(command, dataset, "mmm4rec", [settings.runtime.seed], pretrained)
+    run = newest_run(workspace, command, dataset.name, fits=lambda run: run.about == about and run.settings == settings)
+    if run is None:
+        return None
+    invocation.reporter.note(f"{command} on {dataset.name}: run {run.short_id} has the same data and settings, kept")
+    return run.result
 
 
 def _written(invocation: Invocation, seed: int) -> "Shop":

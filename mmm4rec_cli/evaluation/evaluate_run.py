@@ -65,9 +65,9 @@ def evaluate_run(
         RunError: a run is unfinished, damaged, of a removed domain, or does not fit the present tables.
     """
     about = run.about
-    _check_finished(run)
+    check_finished(run)
     reporter = reporter or SilentReporter()
-    dataset = _dataset(workspace, run)
+    dataset = run_dataset(workspace, run)
     sequences = dataset.sequences
     held_out = sequences.split(settings.data.split, settings.data.split_share)
     targets = held_out.targets(split)
@@ -123,12 +123,19 @@ def later_share(dataset: Dataset, held_out: Split, targets: torch.Tensor) -> flo
     return float((later / len(known)).double().mean())
 
 
-def _check_finished(run: Run) -> None:
+def check_finished(run: Run) -> None:
+    """Raise RunError unless the run came to its end or is an adopted checkpoint."""
     if not run.finished and run.about["command"] != "evaluate":
         raise RunError(f"run {run.id} is not finished", hint="finish it with --resume, or choose another run")
 
 
-def _dataset(workspace: Workspace, run: Run) -> Dataset:
+def run_dataset(workspace: Workspace, run: Run) -> Dataset:
+    """The present tables and vectors of what a run was trained on.
+
+    Raises:
+        RunError: a domain of the run has been removed.
+        DataError: the files there are not whole.
+    """
     about = run.about
     try:
         return load_dataset(workspace, about["domains"], about["encoder"])
@@ -161,7 +168,7 @@ def _rank_other(
     reporter: Reporter,
 ) -> list[RankedSplit]:
     """The other run's ranks of the same targets, by its own settings but for how ranks are counted."""
-    _check_finished(other)
+    check_finished(other)
     own = other.settings
     if other.about["domains"] != list(dataset.domains) or own.data.split != settings.data.split:
         raise RunError(
@@ -171,7 +178,7 @@ def _rank_other(
         )
     own = own.model_copy(update={"evaluate": settings.evaluate, "runtime": settings.runtime})
     same_vectors = other.about["encoder"] == dataset.encoder
-    theirs = dataset if same_vectors else _dataset(workspace, other)
+    theirs = dataset if same_vectors else run_dataset(workspace, other)
     ranked = _rank_members(other, theirs, held_out, own, split, mask_seen, reporter)
     return [one.masked if one.masked is not None else one.plain for one in ranked]
 

@@ -24,7 +24,7 @@ from mmm4rec_cli.data.columns import IMAGE, ITEM_ID, TEXT
 from mmm4rec_cli.data.images import UnreadableImage, decoding, open_image
 from mmm4rec_cli.data.tables import Tables, read_tables
 from mmm4rec_cli.errors import DataError, NetworkError, UsageError
-from mmm4rec_cli.features.encoders import ImageEncoder, Prepared, TextEncoder, load_encoder
+from mmm4rec_cli.features.encoders import Encoder, ImageEncoder, Prepared, TextEncoder, load_encoder
 from mmm4rec_cli.features.store import encoder_name, fingerprint, model_slug, read_features, write_features
 from mmm4rec_cli.files import written_whole
 from mmm4rec_cli.reporter import Reporter, SilentReporter
@@ -88,8 +88,9 @@ def extract_features(
     if existing is not None and existing["identity"].get("kind") == "imported":
         reporter.note(f"{path}: vectors of your own for this catalogue, kept (delete the file to encode anew)")
         return path
-    texts = _texts(tables, settings)
-    images, unreadable = _images(workspace, tables, settings)
+    paths = [None if path is None else workspace.root / path for path in tables.items[IMAGE].to_pylist()]
+    texts = _texts(tables.items[TEXT].to_pylist(), tables.raw_item_ids, settings)
+    images, unreadable = _images(paths, settings)
     inputs = _inputs_hash(texts, images, settings)
     same_inputs = existing is not None and existing["source"].get("inputs") == inputs
     try:
@@ -133,6 +134,24 @@ def extract_features(
     return path
 
 
+def encode_items(
+    encoder: Encoder,
+    raw_item_ids: Sequence[str],
+    texts: Sequence[str | None],
+    images: Sequence[Path | None],
+    settings: FeatureSettings,
+    reporter: Reporter,
+) -> tuple[tuple[Floats, Mask], tuple[Floats, Mask]]:
+    """Text and image vectors [n, F] of items and their presence [n], made as `extract_features` makes them."""
+    columns, unreadable = _images(images, settings)
+    text = _encoded_texts(encoder.text, _texts(texts, raw_item_ids, settings), settings.batch_size, reporter)
+    image = _encoded_images(encoder.image, columns, settings, unreadable, reporter)
+    if unreadable:
+        first = next(iter(unreadable.values())).replace("\t", ": ")
+        reporter.warn(f"{len(unreadable)} pictures are missing or cannot be read, for example {first}")
+    return text, image
+
+
 def _existing(path: Path, tables: Tables) -> dict[str, Any] | None:
     """The metadata of a sound features file of this catalogue, if there is one."""
     try:
@@ -141,18 +160,17 @@ def _existing(path: Path, tables: Tables) -> dict[str, Any] | None:
         return None
 
 
-def _texts(tables: Tables, settings: FeatureSettings) -> _Column:
-    texts = [text if text and text.strip() else None for text in tables.items[TEXT].to_pylist()]
+def _texts(given: Sequence[str | None], raw_item_ids: Sequence[str], settings: FeatureSettings) -> _Column:
+    texts = [text if text and text.strip() else None for text in given]
     if settings.fallback == "published":
-        texts = [text or raw for text, raw in zip(texts, tables.raw_item_ids, strict=True)]
+        texts = [text or raw for text, raw in zip(texts, raw_item_ids, strict=True)]
     # by length, so that the texts of a batch need little padding
     distinct = sorted({text for text in texts if text is not None}, key=lambda text: (len(text), text))
     return _Column(texts, {text: text for text in distinct})
 
 
-def _images(workspace: Workspace, tables: Tables, settings: FeatureSettings) -> tuple[_Column, dict[int, str]]:
+def _images(paths: Sequence[Path | None], settings: FeatureSettings) -> tuple[_Column, dict[int, str]]:
     """The distinct picture files by the hash of their bytes, and by item index those that are not there."""
-    paths = [None if path is None else workspace.root / path for path in tables.items[IMAGE].to_pylist()]
     with ThreadPoolExecutor(_threads()) as pool:
         hashes = list(pool.map(_bytes_hash, paths))
     missing = {
@@ -358,6 +376,18 @@ def import_features(workspace: Workspace, domain: str, file: Path, name: str, re
         f"{counts['with_image']} with image ({image.shape[1]} wide)"
     )
     return path
+
+
+def own_vectors(file: Path, reporter: Reporter) -> tuple[list[str], tuple[Floats, Mask], tuple[Floats, Mask]]:
+    """Raw ids, text and image vectors of a file as `import_features` takes it, whatever the catalogue.
+
+    Raises:
+        DataError: as `import_features`.
+    """
+    given = _read_own(file)
+    ids = _raw_ids(given, file, reporter)
+    text, image = (_vectors(given, kind, file, ids) for kind in (TEXT, IMAGE))
+    return ids, text, image
 
 
 def _has(table: pa.Table, kind: str) -> bool:

@@ -34,6 +34,10 @@ class SequenceModel(nn.Module, ABC):
     def item_table(self, items: Tensor | None = None) -> Tensor:
         """Rows [V, D] (or the rows of the given item ids), temperature divided out: score = user · row."""
 
+    def item_table_parts(self, items: Tensor | None = None) -> dict[str, Tensor]:
+        """The summands of `item_table` by modality, each [V, D] (or of the given ids); none where it is no sum."""
+        return {}
+
     def scores(self, user_BD: Tensor) -> Tensor:
         """Scores [B, V] of every catalogue row; column 0 is padding and never a recommendation."""
         return user_BD @ self.item_table().T

@@ -159,6 +159,15 @@ class MMM4Rec(SequenceModel):
         text_weight, image_weight = self.fusion_factors(items)
         return (text_weight * text + image_weight * image) / self.config.temperature
 
+    def item_table_parts(self, items: Tensor | None = None) -> dict[str, Tensor]:
+        """What text and image each put into `item_table`: their products with a user vector add up to the score."""
+        text, image = self.normalised_items(items)
+        text_weight, image_weight = self.fusion_factors(items)
+        return {
+            "text": text_weight * text / self.config.temperature,
+            "image": image_weight * image / self.config.temperature,
+        }
+
     def load_published(self, state_dict: Mapping[str, Tensor]) -> published.LoadReport:
         """Take weights under their published names; see `mmm4rec_cli.models.published` for the map.
 

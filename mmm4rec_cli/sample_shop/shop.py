@@ -75,12 +75,15 @@ def _image(goods: Goods, item: int) -> str | None:
 
 
 def _write_pictures(goods: Goods, home: Path, rng: np.random.Generator) -> None:
+    """Draw the pictures; an item without one keeps none from a shop of another seed, which has the same raw ids."""
     (home / "images").mkdir(parents=True, exist_ok=True)
     for item in range(len(goods.raw_ids)):
         relative = _image(goods, item)
         if relative is not None:
             with written_whole(home / relative) as part:
                 draw_picture(part, int(goods.colours[item]), int(goods.patterns[item]), int(goods.kinds[item]), rng)
+        else:
+            (home / f"images/{goods.raw_ids[item]}.png").unlink(missing_ok=True)
 
 
 def _write_items(goods: Goods, path: Path, rng: np.random.Generator) -> None:

@@ -20,6 +20,10 @@ def test_the_demo_ranks_popularity_below_scratch_below_pretrained(tmp_path):
         popular, scratch, pretrained = (row[metric] for row in document["rows"])
         assert popular < scratch < pretrained
     assert document["rows"][2]["best_epoch"] < document["rows"][1]["best_epoch"]
+    again = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+    assert json.loads(again.stdout)["runs"] == document["runs"]
+    assert json.loads(again.stdout)["rows"] == document["rows"]
+    assert again.stderr.count("has the same data and settings, kept") == 3
 
 
 def test_the_demo_does_not_overwrite_settings_that_are_not_its_own(tmp_path, capsys):

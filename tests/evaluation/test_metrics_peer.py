@@ -9,7 +9,8 @@ from mmm4rec_cli.evaluation.ranks import target_ranks
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unsafe cast from uint64 to int64")
-def test_metrics_agree_with_ranx():
+def test_metrics_agree_with_ranx(monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # compiling takes minutes, sixty users do not
     from ranx import Qrels, Run, evaluate
 
     generator = torch.Generator().manual_seed(0)

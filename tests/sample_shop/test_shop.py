@@ -63,6 +63,13 @@ def test_another_seed_draws_another_shop(shop, tmp_path):
         assert mine.items.read_bytes() != theirs.items.read_bytes()
 
 
+def test_a_shop_written_over_another_is_the_shop_alone(tmp_path):
+    write_shop(tmp_path / "reused", 4)
+    write_shop(tmp_path / "reused", 5)
+    write_shop(tmp_path / "fresh", 5)
+    assert fingerprint(tmp_path / "reused") == fingerprint(tmp_path / "fresh")
+
+
 def test_a_negative_seed_is_refused(tmp_path):
     with pytest.raises(ValueError):
         write_shop(tmp_path, -1)

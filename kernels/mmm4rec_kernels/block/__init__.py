@@ -40,8 +40,9 @@ def ssd_block(
 ) -> torch.Tensor:
     """Convolution, SiLU, split, time factor, scan, skip, gate and norm.
 
-    The convolved columns are x (head-major), B and C (group-major), in this order. With (x, B, C) = silu(conv(columns)),
-    dt' = dt times time_factor, A = -exp(A_log): y = ssd(x, dt', A, B, C, D, dt_bias, softplus, skip) and the result is
+    The convolved columns are x (head-major), B and C (group-major), in this order. With (x, B, C) =
+    silu(conv(columns)), dt' = dt times time_factor and A = -exp(A_log):
+    y = ssd(x, dt', A, B, C, D, dt_bias, softplus, skip) and the result is
     norm_weight g / sqrt(mean(g^2) + eps), g = y silu(z), the mean over all E columns.
     Sizes follow from the parameters: H from A_log, E from norm_weight, P = E/H, N = (C - E)/2G. Arithmetic is float32
     for float16 and bfloat16, otherwise that of the projections. Gradients reach every floating input. The sources are
@@ -85,6 +86,7 @@ def ssd_block(
     if chosen == "triton":
         longest = main.shape[1] if cu_seqlens is None else max_length or sequences.longest(cu_seqlens)
         crossing = projected if isinstance(projected, CrossProjections) else None
+        out: torch.Tensor
         out, *_ = ssd_block_forward(
             main,
             None if crossing is None else crossing.z,

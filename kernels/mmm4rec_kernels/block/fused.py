@@ -1,8 +1,9 @@
 """The block as the kernels of its three operations, one behind the other, any length.
 
 Letters: B sequences, L places, E width, H heads, P head dim, G groups, N state, C = E + 2GN channels, K taps.
-Each kernel reads its columns where the in-projections left them, and backward each writes its gradient straight into the
-columns of the projections' gradients: nothing is split, joined or copied. What the convolution and the scan return is saved.
+Each kernel reads its columns where the in-projections left them, and backward each writes its gradient straight into
+the columns of the projections' gradients: nothing is split, joined or copied. What the convolution and the scan
+return is saved.
 """
 
 from __future__ import annotations
@@ -157,9 +158,7 @@ def backward(
     d_columns = _columns(d_projected, None if C is None else d_C, width, states)
     for columns, d_act, d_column in zip(_columns(projected, C, width, states), d_acts, d_columns, strict=True):
         to = at + columns.shape[2]
-        _, flat = conv1d.backward(
-            d_act, columns, weight[at:to], bias[at:to], ends, packed, longest, True, d_column
-        )
+        _, flat = conv1d.backward(d_act, columns, weight[at:to], bias[at:to], ends, packed, longest, True, d_column)
         d_taps.append(flat[: (to - at) * taps])
         d_bias.append(flat[(to - at) * taps :])
         at = to

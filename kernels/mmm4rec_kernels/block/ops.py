@@ -1,6 +1,7 @@
-"""The fused block as operators of torch, with shapes for tracing and a gradient. The kernels are imported when one runs.
+"""The fused block as operators of torch, with shapes for tracing and a gradient.
 
-Letters as in `fused`, whose `forward` explains the arguments. K is the number of tiles of a sequence in the scan.
+The kernels are imported when one runs. Letters as in `fused`, whose `forward` explains the arguments. K is the
+number of tiles of a sequence in the scan.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmm4rec_kernels.ssd.ops import TILE
+from mmm4rec_kernels.ssd.ops import tile_count
 
 
 @torch.library.custom_op("mmm4rec_kernels::ssd_block", mutates_args=())
@@ -31,7 +32,7 @@ def ssd_block_forward(
     eps: float,
     skip_dt: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised output [B, L, E], 1/rms [B, L], y [B, L, E], states [B, H, K, P, N] if K > 1, convolved xBC or xB, C."""
+    """Normalised output and y [B, L, E], 1/rms [B, L], states [B, H, K, P, N] if K > 1, convolved xBC or xB and C."""
     from mmm4rec_kernels.block import fused
 
     out, saved = fused.forward(
@@ -52,7 +53,8 @@ def ssd_block_forward(
         eps,
         skip_dt,
     )
-    return (out, *saved[:4], saved[4] if C is not None else projected.new_empty(0))
+    scale, y, kept, act, *act_C = saved
+    return out, scale, y, kept, act, act_C[0] if act_C else projected.new_empty(0)
 
 
 @ssd_block_forward.register_fake
@@ -78,7 +80,7 @@ def _forward_shapes(
     width, heads = norm.shape[0], A_log.shape[0]
     states = (weight.shape[0] - width) // 2
     sequences = ends.shape[0] - 1 if packed and ends is not None else batch
-    tiles = (longest + TILE - 1) // TILE
+    tiles = tile_count(longest)
     kept = (sequences, heads, tiles, width // heads, states // groups) if tiles > 1 else (0,)
     return (
         projected.new_empty(batch, length, width),

@@ -66,7 +66,7 @@ def causal_conv1d(
 
     chosen = choose("causal_conv1d", backend, x_BLC)
     if chosen == "triton":
-        return conv_forward(
+        out: torch.Tensor = conv_forward(
             x_BLC if x_BLC.stride(-1) == 1 else x_BLC.contiguous(),
             weight_CK.contiguous(),
             bias,
@@ -75,6 +75,7 @@ def causal_conv1d(
             length if cu_seqlens is None else sequences.longest(cu_seqlens),
             activation == "silu",
         )
+        return out
     compute = torch.promote_types(x_BLC.dtype, torch.float32)
     x, weight = x_BLC.to(compute), weight_CK.to(compute)
     if cu_seqlens is not None:

@@ -1,8 +1,11 @@
+# Triton kernels carry no Python types, and their arguments are explained at the top of the file.
+# ruff: noqa: SIM108
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The convolution as one Triton kernel each way, running along the places with the last few of them in registers.
 
-Letters: B sequences, L places, C channels, K taps. A program takes BC channels of a run of places; the places before it are
-read again at its start. Backward, a program takes every S-th run of its channels and keeps the gradients of taps and bias in
-registers until the end; one ordered sum over the programs follows, so results repeat bit for bit.
+Letters: B sequences, L places, C channels, K taps. A program takes BC channels of a run of places; the places before
+it are read again at its start. Backward, a program takes every S-th run of its channels and keeps the gradients of
+taps and bias in registers until the end; one ordered sum over the programs follows, so results repeat bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The convolution as operators of torch, with shapes for tracing and a gradient. The kernels are imported when one runs."""
+"""The convolution as operators of torch, with shapes for tracing and a gradient.
+
+The kernels are imported when one runs.
+"""
 
 from __future__ import annotations
 

@@ -53,6 +53,7 @@ def gated_rms_norm(
     unfit = "" if y.shape[-1] <= MAX_WIDTH else f"rows of {y.shape[-1]}, at most {MAX_WIDTH}"
     chosen = choose("gated_rms_norm", backend, y, fits=not unfit, unfit=unfit)
     if chosen == "triton":
+        out: torch.Tensor
         out, _ = norm_forward(_planes(y), _planes(z), weight, eps, norm_before_gate)
         return out.reshape(y.shape)
     compute = torch.promote_types(y.dtype, torch.float32)

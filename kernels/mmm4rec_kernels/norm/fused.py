@@ -1,6 +1,9 @@
+# Triton kernels carry no Python types, and their arguments are explained at the top of the file.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The gated norm as one Triton kernel each way. Letter: E width.
 
-A program takes BR rows at a time; backward it takes every S-th block of rows and keeps the gradient of the weight in registers.
+A program takes BR rows at a time; backward it takes every S-th block of rows and keeps the gradient of the weight in
+registers.
 """
 
 from __future__ import annotations

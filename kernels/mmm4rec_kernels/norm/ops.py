@@ -1,4 +1,7 @@
-"""The gated norm as operators of torch, with shapes for tracing and a gradient. The kernels are imported when one runs."""
+"""The gated norm as operators of torch, with shapes for tracing and a gradient.
+
+The kernels are imported when one runs.
+"""
 
 from __future__ import annotations
 

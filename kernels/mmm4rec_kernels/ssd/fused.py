@@ -1,10 +1,13 @@
+# Triton kernels carry no Python types, and their arguments are explained at the top of the file.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The scan as one Triton kernel each way.
 
-Letters: B sequences, L places, H heads, P head dim, G groups, N state, K tiles of a sequence; BL, BP, BN are places of a tile,
-and P, N rounded up. A program takes one head of one sequence. What fits one tile is one quadratic product in registers; longer
-sequences go tile by tile with the state in registers, so time and memory grow linearly. Forward keeps the state at the start of
-each tile, backward walks the tiles in reverse. With fewer groups than heads each head writes its own share of the
-gradients of B and C; shares and the gradients of A, D and dt_bias are added in one ordered sum: no atomics.
+Letters: B sequences, L places, H heads, P head dim, G groups, N state, K tiles of a sequence; BL, BP, BN are places
+of a tile, and P, N rounded up. A program takes one head of one sequence. What fits one tile is one quadratic product
+in registers; longer sequences go tile by tile with the state in registers, so time and memory grow linearly. Forward
+keeps the state at the start of each tile, backward walks the tiles in reverse. With fewer groups than heads each head
+writes its own share of the gradients of B and C; shares and the gradients of A, D and dt_bias are added in one
+ordered sum: no atomics.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import align, kind, precision, tile
-from mmm4rec_kernels.ssd.ops import TILE
+from mmm4rec_kernels.ssd.ops import LONG_TILE, ONE_TILE, tile_count
 from mmm4rec_kernels.tiles import (
     LENGTHS,
     LOG2E,
@@ -362,11 +365,13 @@ def _sizes(
 ) -> tuple[int, int, int, int, int]:
     """Sequences, places of a tile, tiles, and P and N rounded up."""
     sequences = ends.numel() - 1 if packed and ends is not None else x.shape[0]
-    places = min(TILE, tile(longest))
-    return sequences, places, max(1, triton.cdiv(longest, places)), tile(x.shape[3]), tile(B.shape[3])
+    places = tile(longest) if longest <= ONE_TILE else LONG_TILE
+    return sequences, places, tile_count(longest), tile(x.shape[3]), tile(B.shape[3])
 
 
-def _strides(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
+def _strides(
+    x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+) -> tuple[tuple[int, ...], dict[str, int]]:
     unit = align(*(t.stride(i) for t in (x, B, C) for i in (0, 1, 2)))
     batch = (x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, *dt.stride())
     return batch, {
@@ -397,13 +402,15 @@ def forward(
     skip_dt: bool,
     want_final: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [B, L, H, P], the states at the tiles' starts [B, H, K, P, N], the last states; empty where not needed."""
+    """Y [B, L, H, P], the states at the tiles' starts [B, H, K, P, N], the last states; empty where not needed."""
     batch, length, heads, width = x.shape
     groups, state = B.shape[2:]
     sequences, BL, tiles, BP, BN = _sizes(x, B, ends, packed, longest)
     y = torch.empty(batch, length, heads, width, dtype=x.dtype, device=x.device)
     stateful = tiles > 1 or initial is not None or want_final
-    states = torch.empty((sequences, heads, tiles, width, state) if stateful else (0,), dtype=torch.float32, device=x.device)
+    states = torch.empty(
+        (sequences, heads, tiles, width, state) if stateful else (0,), dtype=torch.float32, device=x.device
+    )
     final = torch.empty((sequences, heads, width, state) if want_final else (0,), dtype=torch.float32, device=x.device)
     if sequences == 0:
         return y, states, final
@@ -467,7 +474,7 @@ def backward(
     skip_dt: bool,
     into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, dt, B, C, the initial states (empty if none), of A, bias, D [3, H] and of D [H, P] (empty if narrow).
+    """Gradients of x, dt, B, C, the initial states, of A, bias, D [3, H] and of D [H, P]; empty where there is none.
 
     `into` receives the gradients of x, B and C: [B, L, E], [B, L, GN] and [B, L, GN] with contiguous columns.
     """

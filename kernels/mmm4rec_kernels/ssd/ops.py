@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 
-TILE = 32
+ONE_TILE = 64
+LONG_TILE = 32
+"""Longest sequence that is one tile; places of a tile of longer ones."""
 MAX_WIDTH = 128
-"""Places of a tile of long sequences; largest head dim and state that the kernels take."""
+"""Largest head dim and state that the kernels take."""
+
+
+def tile_count(longest: int) -> int:
+    """Tiles of the longest sequence."""
+    return 1 if longest <= ONE_TILE else (longest + LONG_TILE - 1) // LONG_TILE
 
 
 @torch.library.custom_op("mmm4rec_kernels::ssd", mutates_args=())
@@ -32,7 +39,7 @@ def scan_forward(
     skip_dt: bool,
     want_final: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [B, L, H, P], kept states [B, H, K, P, N] and last states [B, H, P, N]; arguments as in `fused.forward`."""
+    """Y [B, L, H, P], kept states [B, H, K, P, N] and last states [B, H, P, N]; arguments as in `fused.forward`."""
     from mmm4rec_kernels.ssd import fused
 
     low_high = None if limit is None else (limit[0], limit[1])
@@ -60,7 +67,7 @@ def _forward_shapes(
     want_final: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sequences = ends.shape[0] - 1 if packed and ends is not None else x.shape[0]
-    tiles = (longest + TILE - 1) // TILE
+    tiles = tile_count(longest)
     states = (sequences, x.shape[2], x.shape[3], B.shape[3])
     keep = tiles > 1 or initial is not None or want_final
     return (

@@ -1,0 +1,449 @@
+"""Recommendations of a finished run: for users of the data, for bare histories, and the neighbours of an item.
+
+Letters: B users in the block, T places of a history, V candidates, D width, K places of the answer.
+"""
+
+import difflib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import islice, pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from mmm4rec_cli.data import columns
+from mmm4rec_cli.data.dataset import Dataset
+from mmm4rec_cli.device import precision, resolve_device
+from mmm4rec_cli.errors import DataError, RunError, UsageError
+from mmm4rec_cli.evaluation.evaluate_run import check_finished, run_dataset
+from mmm4rec_cli.evaluation.top_k import top_k
+from mmm4rec_cli.features.new_items import NewItems
+from mmm4rec_cli.features.store import ItemFeatures
+from mmm4rec_cli.models.interface import SequenceModel
+from mmm4rec_cli.reporter import Reporter, SilentReporter
+from mmm4rec_cli.runs import Run, load_model
+from mmm4rec_cli.settings.schema import Settings
+from mmm4rec_cli.workspace import Workspace
+
+SCHEMA = pa.schema(
+    [
+        ("user", pa.string()),
+        ("rank", pa.int32()),
+        (columns.RAW_ITEM_ID, pa.string()),
+        ("score", pa.float32()),
+        ("text_score", pa.float32()),
+        ("image_score", pa.float32()),
+    ]
+)
+"""The columns of a file of recommendations; `rank` counts from 1."""
+
+_UNKNOWN_GAP = 3600
+"""Seconds between events of a history without times: the gap that the observed time stream takes for "unknown"."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One who asks: a user of the data, or a bare history.
+
+    Attributes:
+        user: raw user id; for a bare history any name, or None.
+        history: raw item ids, oldest first; None: the user's own in the data.
+        times: Unix seconds of the history, or None where they are not known.
+        place: where it was read, for messages.
+    """
+
+    user: str | None
+    history: Sequence[str] | None = None
+    times: Sequence[int] | None = None
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class _History:
+    user: str | None
+    items: list[int]
+    times: list[int]
+    at: int
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """The answers of a block; arrays [B, K] on the CPU, `item` 0 where a user has no candidate left."""
+
+    users: list[str | None]
+    item: Any
+    score: Any
+    parts: Mapping[str, Any]
+
+
+class Recommender:
+    """A run's model with its item table, ready to answer.
+
+    Args:
+        model: put into evaluation mode here.
+        dataset: the catalogue it knows, new items included.
+        titles: [V] titles or None, in the order of item ids.
+        settings: those of the run.
+        device: where it computes.
+        candidates: item ids that may be recommended, or None for all.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        dataset: Dataset,
+        titles: Sequence[str | None],
+        settings: Settings,
+        device: torch.device,
+        candidates: Iterable[int] | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.dataset = dataset
+        self.settings = settings
+        self.device = device
+        self._titles = titles
+        self._id = {raw: index + 1 for index, raw in enumerate(dataset.raw_item_ids)}
+        self._user = {raw: index for index, raw in enumerate(dataset.raw_user_ids)}
+        self._precision = precision(settings.runtime.precision, device)
+        with torch.inference_mode(), self._precision:
+            self.item_VD = model.item_table().float()
+        ids = range(1, len(self.item_VD)) if candidates is None else sorted(set(candidates))
+        self.candidate_V = torch.tensor(ids, dtype=torch.int64, device=device)
+        self._candidate_VD = self.item_VD[1:] if candidates is None else self.item_VD[self.candidate_V]
+
+    def title(self, item: int) -> str | None:
+        """The title of an item id."""
+        return self._titles[item - 1]
+
+    def raw(self, item: int) -> str:
+        """The raw id of an item id."""
+        return self.dataset.raw_item_ids[item - 1]
+
+    def recommend(
+        self,
+        asked: Iterable[Asked],
+        k: int = 10,
+        *,
+        include_seen: bool = False,
+        at: int | None = None,
+        before: Literal["test"] | None = None,
+    ) -> Iterator[Recommended]:
+        """The K best items of everyone who asks, `evaluate.batch_size` of them at a time; memory stays bounded.
+
+        Equal scores stand in the order of item ids. A history without times counts with gaps that are unknown.
+
+        Args:
+            asked: who asks; taken as needed.
+            k: places.
+            include_seen: items of the history may be recommended again.
+            at: moment of asking, Unix seconds, default now; read only by models whose windows carry the target's time.
+            before: `test`: users of the data are answered as before their last element, at its time.
+
+        Raises:
+            DataError: an unknown user or item (close ones are named), or an empty history.
+            UsageError: k below 1.
+        """
+        if k < 1:
+            raise UsageError(f"k = {k}: at least 1", hint="ask for one place or more")
+        moment = int(time.time()) if at is None else at
+        waiting = iter(asked)
+        while block := list(islice(waiting, self.settings.evaluate.batch_size)):
+            yield self._answers([self._history(one, moment, before) for one in block], k, include_seen)
+
+    def similar(self, raw: str, k: int = 10) -> Recommended:
+        """The K items whose table rows have the highest cosine with that of an item, itself left out.
+
+        Raises:
+            DataError: no such item.
+        """
+        if k < 1:
+            raise UsageError(f"k = {k}: at least 1", hint="ask for one place or more")
+        item = self._item(raw, "")
+        rows = torch.nn.functional.normalize(self._candidate_VD, dim=-1)
+        query_1D = torch.nn.functional.normalize(self.item_VD[item : item + 1], dim=-1)
+        itself = torch.zeros(1, dtype=torch.int64, device=self.device), torch.tensor([item], device=self.device)
+        with torch.inference_mode():
+            score_BK, item_BK = top_k(query_1D, rows, self.candidate_V, k, hidden=itself)
+            length_BK = self.item_VD[item_BK].norm(dim=-1).clamp(min=1e-12)
+            parts = {name: part / length_BK for name, part in self._parts(query_1D, item_BK).items()}
+        return _on_cpu([None], item_BK, score_BK, parts)
+
+    def user_vectors(self, histories: Sequence[_History]) -> Tensor:
+        """User vectors [B, D] float32 of histories; the last `model.max_len` elements count."""
+        length = self.settings.model.max_len
+        items = np.zeros((len(histories), length), dtype=np.int64)
+        times = np.zeros_like(items)
+        for row, history in enumerate(histories):
+            kept = min(len(history.items), length)
+            items[row, :kept] = history.items[-kept:]
+            times[row, :kept] = history.times[-kept:]
+            if self.model.reads_target_time and kept < length:
+                times[row, kept] = history.at
+        lengths = torch.from_numpy((items > 0).sum(1))
+        with torch.inference_mode(), self._precision:
+            arguments = (x.to(self.device) for x in (torch.from_numpy(items), lengths, torch.from_numpy(times)))
+            user_BD: Tensor = self.model(*arguments)
+        return user_BD.float()
+
+    def _answers(self, histories: list[_History], k: int, include_seen: bool) -> Recommended:
+        user_BD = self.user_vectors(histories)
+        hidden = None
+        if not include_seen:
+            rows = np.repeat(np.arange(len(histories)), [len(history.items) for history in histories])
+            items = np.concatenate([history.items for history in histories])
+            hidden = torch.from_numpy(rows).to(self.device), torch.from_numpy(items.astype(np.int64)).to(self.device)
+        with torch.inference_mode():
+            score_BK, item_BK = top_k(user_BD, self._candidate_VD, self.candidate_V, k, hidden=hidden)
+            parts = self._parts(user_BD, item_BK)
+        return _on_cpu([history.user for history in histories], item_BK, score_BK, parts)
+
+    def _parts(self, user_BD: Tensor, item_BK: Tensor) -> dict[str, Tensor]:
+        """What each modality adds to the scores of the chosen, [B, K], a few users at a time."""
+        chosen: dict[str, list[Tensor]] = {}
+        step = max(1, (1 << 24) // max(1, item_BK.shape[1] * user_BD.shape[1]))
+        for begin in range(0, len(user_BD), step):
+            ids, place_BK = torch.unique(item_BK[begin : begin + step], return_inverse=True)
+            with self._precision:
+                tables = self.model.item_table_parts(ids)
+            for name, table in tables.items():
+                part = torch.einsum("bd,bkd->bk", user_BD[begin : begin + step], table.float()[place_BK])
+                chosen.setdefault(name, []).append(part)
+        return {name: torch.cat(blocks) for name, blocks in chosen.items()}
+
+    def _history(self, one: Asked, moment: int, before: str | None) -> _History:
+        where = f"{one.place}: " if one.place else ""
+        if one.history is None:
+            if one.user is None or one.user not in self._user:
+                raise _unknown("user", one.user or "", self.dataset.raw_user_ids, self.dataset.name, where)
+            sequences, user = self.dataset.sequences, self._user[one.user]
+            begin, end = sequences.offsets_U1[user : user + 2].tolist()
+            at = moment
+            if before == "test":
+                end -= 1
+                at = int(sequences.times_N[end])
+            items, times = sequences.items_N[begin:end].tolist(), sequences.times_N[begin:end].tolist()
+        else:
+            at = moment
+            items = [self._item(raw, where) for raw in one.history]
+            times = list(one.times or [at - _UNKNOWN_GAP * (len(items) - place) for place in range(len(items))])
+            if len(times) != len(items):
+                raise DataError(
+                    f"{where}{len(items)} items but {len(times)} times", hint="give every item of a history its time"
+                )
+            if any(later < earlier for earlier, later in pairwise(times)):
+                raise DataError(f"{where}the times of the history go back", hint="give the oldest item first")
+        if not items:
+            raise DataError(
+                f"{where}the history{f' of {one.user!r}' if one.user else ''} is empty",
+                hint="a history needs one item or more",
+            )
+        return _History(one.user, items, times, at)
+
+    def _item(self, raw: str, where: str) -> int:
+        if raw not in self._id:
+            raise _unknown("item", raw, self.dataset.raw_item_ids, self.dataset.name, where)
+        return self._id[raw]
+
+    def table(self, found: Recommended) -> pa.Table:
+        """A block's answers with the columns of `SCHEMA`."""
+        real = found.item > 0
+        row, place = np.nonzero(real)
+        item = found.item[real]
+        nothing = pa.nulls(len(item), pa.float32())
+        parts = {name: pa.array(found.parts[name][real]) if name in found.parts else nothing for name in _PARTS}
+        raw = [self.raw(one) for one in item.tolist()]
+        arrays = [pa.array([found.users[i] for i in row.tolist()], pa.string()), pa.array(place + 1, pa.int32())]
+        return pa.table([*arrays, pa.array(raw, pa.string()), found.score[real], *parts.values()], schema=SCHEMA)
+
+    def documents(self, found: Recommended) -> list[dict[str, Any]]:
+        """A block's answers as `recommend --json` gives them, one entry a user."""
+        made = []
+        for row, user in enumerate(found.users):
+            items = []
+            for place in np.flatnonzero(found.item[row]).tolist():
+                item = int(found.item[row, place])
+                scores = {
+                    f"{name}_score": float(found.parts[name][row, place]) if name in found.parts else None
+                    for name in _PARTS
+                }
+                items.append(
+                    {
+                        columns.RAW_ITEM_ID: self.raw(item),
+                        "score": float(found.score[row, place]),
+                        columns.TITLE: self.title(item),
+                        **scores,
+                    }
+                )
+            made.append({"user": user, "items": items})
+        return made
+
+
+_PARTS = ("text", "image")
+
+
+def _on_cpu(users: list[str | None], item: Tensor, score: Tensor, parts: Mapping[str, Tensor]) -> Recommended:
+    item = torch.where(torch.isneginf(score), 0, item)
+    return Recommended(
+        users, item.cpu().numpy(), score.cpu().numpy(), {name: part.cpu().numpy() for name, part in parts.items()}
+    )
+
+
+def _unknown(kind: str, raw: str, known: Sequence[str], where: str, place: str) -> DataError:
+    """The error for an id that nobody has, with the ones that look like it."""
+    # Comparing with a million ids takes minutes: those that start alike come first, and a part of the rest.
+    alike = [one for one in known if one[:2] == raw[:2]]
+    close = difflib.get_close_matches(raw, (alike or known)[:20_000], n=3)
+    hint = f"close to it: {', '.join(close)}" if close else f"for example {', '.join(known[:3])}"
+    return DataError(f"{place}{kind} {raw!r} is not in {where}", hint=hint)
+
+
+def load_recommender(
+    workspace: Workspace,
+    run: Run,
+    settings: Settings,
+    *,
+    new_items: NewItems | None = None,
+    candidates: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> Recommender:
+    """Bring a run's model back on the present tables; of several seeds the first.
+
+    Args:
+        workspace: where data lie.
+        run: a finished run.
+        settings: the run's, with `evaluate` and `runtime` of the invocation.
+        new_items: items never trained on (`mmm4rec_cli.features.new_items`): they are ranked with the known ones,
+            their item bias is zero.
+        candidates: raw ids that may be recommended, default all.
+        exclude: raw ids that may not.
+        reporter: told what changed since the run.
+
+    Raises:
+        DataError: a candidate that nobody knows, none left, or new items that are known already or of other vectors.
+        RunError: the run is unfinished, damaged, of a removed domain, or does not fit the present tables.
+    """
+    check_finished(run)
+    reporter = reporter or SilentReporter()
+    dataset = run_dataset(workspace, run)
+    titles = _titles(workspace, dataset)
+    if new_items is not None:
+        known = len(dataset.raw_item_ids)
+        dataset = with_new_items(dataset, new_items, settings.features.missing)
+        titles += new_items.titles
+        reporter.note(f"{len(dataset.raw_item_ids) - known:,} new items are ranked with the {known:,} known ones")
+        if settings.model.item_bias:
+            reporter.note("new items have no trained item bias: theirs is zero, which may place them lower")
+    chosen = _chosen(dataset, candidates, exclude, reporter)
+    device = resolve_device(settings.runtime.device)
+    member = run.members[0]
+    if len(run.members) > 1:
+        reporter.note(f"run {run.id} has {len(run.members)} seeds: {member.id} answers")
+    model, moved = load_model(member, dataset, device)
+    new = moved.new - (0 if new_items is None else len(new_items.raw_ids))
+    if new or moved.gone:
+        reporter.note(
+            f"the catalogue has changed since run {member.id}: {moved.kept:,} items kept, {new:,} new "
+            f"(item bias zero), {moved.gone:,} gone"
+        )
+    try:
+        return Recommender(model, dataset, titles, settings, device, chosen)
+    except ValueError as error:
+        raise RunError(f"run {member.id}: {error}", hint="the run is damaged; train again") from None
+
+
+def _titles(workspace: Workspace, dataset: Dataset) -> list[str | None]:
+    titles: list[str | None] = []
+    for domain in dataset.domains:
+        path = workspace.processed(domain) / "items.parquet"
+        titles += pq.read_table(path, columns=[columns.TITLE])[columns.TITLE].to_pylist()
+    return titles
+
+
+def with_new_items(dataset: Dataset, new: NewItems, missing: str) -> Dataset:
+    """The data set with items behind its own, which keep their ids and their vectors.
+
+    Args:
+        dataset: the known.
+        new: of the same encoder.
+        missing: `features.missing` of the run; a mean is taken over the known vectors alone.
+
+    Raises:
+        DataError: an id that is known already, or vectors of another encoder or width.
+    """
+    known = set(dataset.raw_item_ids)
+    if again := [raw for raw in new.raw_ids if raw in known]:
+        raise DataError(
+            f"{len(again)} of the new items are in {dataset.name} already: {', '.join(again[:5])}",
+            hint="leave them out: known items are ranked anyway",
+        )
+    have = dataset.features
+    if new.fingerprint != have.fingerprint:
+        raise DataError(
+            f"the new items' vectors are of another encoder ({new.fingerprint[:8]}) than the run's "
+            f"({have.fingerprint[:8]})",
+            hint="encode them with the run's own encoder",
+        )
+    filled = dataset.model_features(missing)
+    own = {"text": filled.text.numpy(), "image": filled.image.numpy()}
+    tables, masks = {}, {}
+    for name, (vectors, present) in {"text": new.text, "image": new.image}.items():
+        had = getattr(have, f"has_{name}")
+        if not present.any():
+            vectors = np.zeros((len(present), own[name].shape[1]), np.float32)
+        if vectors.shape[1] != own[name].shape[1]:
+            raise DataError(
+                f"the new items' {name} vectors are {vectors.shape[1]} wide, those of {dataset.name} "
+                f"{own[name].shape[1]}",
+                hint="encode them with the run's own encoder",
+            )
+        if missing == "mean" and had.any():
+            stand_in = getattr(have, name)[had].mean(0, dtype=np.float64)
+            vectors = np.where(present[:, None], vectors, stand_in)
+            had, present = np.arange(len(had)) > 0, np.ones_like(present)
+        tables[name] = np.concatenate([own[name], vectors]).astype(np.float32)
+        masks[name] = np.concatenate([had, present])
+    features = ItemFeatures(
+        tables["text"], masks["text"], tables["image"], masks["image"], have.metadata, have.fingerprint
+    )
+    return replace(dataset, raw_item_ids=[*dataset.raw_item_ids, *new.raw_ids], features=features)
+
+
+def _chosen(
+    dataset: Dataset, candidates: Sequence[str] | None, exclude: Sequence[str], reporter: Reporter
+) -> list[int] | None:
+    """Item ids that may be recommended, None for all."""
+    if candidates is None and not exclude:
+        return None
+    ids = {raw: index + 1 for index, raw in enumerate(dataset.raw_item_ids)}
+    if unknown := [raw for raw in candidates or () if raw not in ids]:
+        raise _unknown("candidate", unknown[0], dataset.raw_item_ids, dataset.name, "")
+    if strangers := sum(raw not in ids for raw in exclude):
+        reporter.warn(f"{strangers:,} of the {len(exclude):,} ids to exclude are not in {dataset.name}")
+    left = set(ids if candidates is None else candidates) - set(exclude)
+    if not left:
+        raise DataError("no candidate is left", hint="see --candidates and --exclude")
+    return [ids[raw] for raw in left]
+
+
+def parse_moment(text: str) -> int:
+    """Unix seconds of a moment written as such or as an ISO date; without a zone it is UTC.
+
+    Raises:
+        UsageError: neither.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is no moment", hint="give Unix seconds or an ISO date, 2018-10-01T12:00") from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())

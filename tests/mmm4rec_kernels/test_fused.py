@@ -1,0 +1,224 @@
+"""The Triton kernels against the recurrence: on a GPU, or in Triton's interpreter (see test_interpreted).
+
+Letters: B sequences, L places, E width, H heads, P head dim, G groups, N state, C channels, K taps.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from mmm4rec_kernels import BackendUnavailable, CrossProjections, causal_conv1d, gated_rms_norm, ssd, ssd_block
+from mmm4rec_kernels.agreement import disagreement
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if ON_GPU else "cpu"
+LENGTHS = [1, 2, 3, 15, 16, 17, 20, 31, 32, 33, 50, 63, 64, 65, 200, 255, 257, 500, 1024, 4096]
+
+needs_triton = pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="needs a GPU or TRITON_INTERPRET=1")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+pytestmark = needs_triton
+
+
+def outcome(function, inputs, dtype=None, **options):
+    """Outputs and every gradient of one call."""
+    leaves = {k: (t if dtype is None else t.to(dtype)).detach().requires_grad_() for k, t in inputs.items()}
+    result = function(**leaves, **options)
+    outputs = result if isinstance(result, tuple) else (result,)
+    generator = torch.Generator().manual_seed(7)
+    total = sum((y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in outputs)
+    total.backward()
+    named = {f"y{i}": y.detach() for i, y in enumerate(outputs)}
+    return named | {f"d_{k}": t.grad for k, t in leaves.items()}
+
+
+def agree(function, inputs, **options):
+    inputs = {k: t.to(DEVICE) for k, t in inputs.items()}
+    truth = outcome(function, inputs, torch.float64, backend="reference", **options)
+    yardstick = outcome(function, inputs, backend="reference", **options)
+    got = outcome(function, inputs, backend="triton", **options)
+    assert not disagreement(got, truth, yardstick)
+    again = outcome(function, inputs, backend="triton", **options)
+    assert all(torch.equal(got[k], again[k]) for k in got)
+
+
+def scan(scan_inputs, *args, **options):
+    inputs = scan_inputs(*args, **options)
+    inputs.pop("cotangent")
+    return inputs
+
+
+@pytest.mark.parametrize("length", [1, 3, 17, 20, 33, 65])
+@pytest.mark.parametrize("extreme", [False, True])
+def test_scan(scan_inputs, length, extreme):
+    inputs = scan(scan_inputs, 2, length, heads=2, width=12, groups=2, state=7, extreme=extreme, seed=length)
+    agree(ssd, inputs, skip="dt_x")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scan_at_every_length(scan_inputs, length, dtype):
+    agree(ssd, scan(scan_inputs, 3, length, heads=8, width=64, groups=8, state=64, dtype=dtype), skip="dt_x")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("width", "state"), [(16, 128), (24, 40), (128, 16), (100, 96)])
+@pytest.mark.parametrize("length", [20, 130])
+def test_scan_at_other_sizes(scan_inputs, width, state, length):
+    agree(ssd, scan(scan_inputs, 3, length, heads=4, width=width, groups=2, state=state, extreme=True))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_scan_with_shared_groups_and_wide_skip(scan_inputs, groups):
+    inputs = scan(scan_inputs, 2, 5, heads=4, width=6, groups=groups, state=9)
+    agree(ssd, {**inputs, "D": torch.randn(4, 6)}, dt_limit=(0.05, 0.2))
+
+
+@pytest.mark.parametrize("length", [9, 70])
+def test_scan_with_states_and_lengths(scan_inputs, length):
+    inputs = scan(scan_inputs, 3, length, heads=2, groups=2)
+    states = {"initial_states": torch.randn(3, 2, 16, 16)}
+    lengths = torch.tensor([0, 5, length], device=DEVICE)
+    agree(ssd, inputs | states, return_final_states=True, lengths=lengths)
+
+
+def test_scan_of_packed_sequences(scan_inputs):
+    inputs = scan(scan_inputs, 1, 80, heads=2, groups=2, extreme=True)
+    agree(ssd, inputs, cu_seqlens=torch.tensor([0, 70, 70, 80], device=DEVICE), return_final_states=True)
+
+
+def test_scan_reads_nothing_behind_the_end(scan_inputs):
+    inputs = {k: t.to(DEVICE) for k, t in scan(scan_inputs, 2, 20, heads=2, groups=2).items()}
+    lengths = torch.tensor([4, 20], device=DEVICE)
+    before = outcome(ssd, inputs, backend="triton", lengths=lengths)
+    for k in ("x", "dt", "B", "C"):
+        inputs[k][0, 4:] = torch.nan
+    after = outcome(ssd, inputs, backend="triton", lengths=lengths)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_strided_inputs(scan_inputs):
+    inputs = {k: t.to(DEVICE) for k, t in scan(scan_inputs, 2, 9, heads=4, width=16, state=16).items()}
+    joined = torch.cat([inputs[k].flatten(2) for k in ("x", "B", "C")], -1)
+    views = {k: joined[..., i * 64 : i * 64 + 64].unflatten(-1, (4, 16)) for i, k in enumerate(("x", "B", "C"))}
+    assert torch.equal(ssd(**inputs | views, backend="triton"), ssd(**inputs, backend="triton"))
+
+
+@pytest.mark.parametrize("taps", [2, 3, 4])
+@pytest.mark.parametrize("length", [1, 3, 20, 70])
+def test_convolution(taps, length):
+    torch.manual_seed(length)
+    inputs = {
+        "x_BLC": torch.randn(2, length, 20),
+        "weight_CK": torch.randn(20, taps),
+        "bias": torch.randn(20),
+    }
+    agree(causal_conv1d, inputs, activation="silu")
+    inputs.pop("bias")
+    agree(causal_conv1d, inputs, lengths=torch.tensor([0, length], device=DEVICE))
+
+
+def test_convolution_of_packed_sequences():
+    inputs = {"x_BLC": torch.randn(1, 140, 6), "weight_CK": torch.randn(6, 4), "bias": torch.randn(6)}
+    offsets = torch.tensor([0, 130, 130, 140], device=DEVICE)
+    agree(causal_conv1d, inputs, activation="silu", cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_norm(before):
+    torch.manual_seed(0)
+    inputs = {"y": torch.randn(2, 5, 12), "z": torch.randn(2, 5, 12), "weight": torch.randn(12)}
+    agree(gated_rms_norm, inputs, eps=1e-5, norm_before_gate=before)
+
+
+def block(projected, **rest):
+    return ssd_block(projected, n_groups=rest.pop("groups"), eps=1e-12, **rest)
+
+
+def crossing(xBdt, z, C, **rest):
+    return ssd_block(CrossProjections(xBdt, z, C), n_groups=rest.pop("groups"), eps=1e-12, **rest)
+
+
+def block_inputs(kind, batch, length, heads=2, width=16, groups=2, state=16):
+    generator = torch.Generator().manual_seed(length)
+    E, GN = heads * width, groups * state
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    if kind == "self":
+        inputs = {"projected": normal(batch, length, 2 * E + 2 * GN + heads)}
+    else:
+        inputs = {
+            "xBdt": normal(batch, length, E + GN + heads),
+            "z": normal(batch, length, E),
+            "C": normal(batch, length, GN),
+        }
+    return inputs | {
+        "conv_weight_CK": normal(E + 2 * GN, 4) / 2,
+        "conv_bias_C": normal(E + 2 * GN) / 2,
+        "A_log_H": normal(heads),
+        "D_H": normal(heads),
+        "dt_bias_H": normal(heads) - 2,
+        "norm_weight_E": normal(E),
+        "time_factor_BLH": normal(batch, heads, length).transpose(1, 2),
+    }
+
+
+@pytest.mark.parametrize(("kind", "length"), [("self", 5), ("self", 70), ("cross", 9)])
+def test_block(kind, length):
+    agree(block if kind == "self" else crossing, block_inputs(kind, 4, length, heads=4, groups=4), groups=4)
+
+
+def test_block_with_lengths_shared_groups_and_no_factor():
+    inputs = block_inputs("self", 2, 17, heads=4, width=12, groups=1, state=5)
+    inputs.pop("time_factor_BLH")
+    agree(block, inputs, groups=1, skip="x", lengths=torch.tensor([9, 17], device=DEVICE))
+
+
+def test_block_of_packed_sequences():
+    offsets = torch.tensor([0, 5, 5, 12], device=DEVICE)
+    agree(crossing, block_inputs("cross", 1, 12), groups=2, cu_seqlens=offsets, max_length=7)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 20, 31, 32, 33, 50, 63, 64, 65, 200])
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_block_at_every_length(kind, length):
+    inputs = block_inputs(kind, 5, length, heads=8, width=64, groups=8, state=64)
+    agree(block if kind == "self" else crossing, inputs, groups=8)
+
+
+def test_operators_are_well_formed(scan_inputs):
+    from mmm4rec_kernels.block.ops import ssd_block_forward
+    from mmm4rec_kernels.conv1d.ops import conv_forward
+    from mmm4rec_kernels.norm.ops import norm_forward
+    from mmm4rec_kernels.ssd.ops import scan_forward
+
+    def leaf(*shape):
+        return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(conv_forward, (leaf(1, 3, 8), leaf(8, 4), leaf(8), None, False, 3, True), test_utils=checks)
+    torch.library.opcheck(norm_forward, (leaf(1, 2, 8), leaf(1, 2, 8), leaf(8), 1e-5, False), test_utils=checks)
+    s = {k: t.to(DEVICE).requires_grad_() for k, t in scan(scan_inputs, 1, 3, heads=1, groups=1).items()}
+    arguments = (s["x"], s["dt"], s["A"], s["B"], s["C"], s["D"], s["dt_bias"], None, None, False, 3, True, None)
+    for want_final in (False, True):
+        torch.library.opcheck(scan_forward, (*arguments, True, want_final), test_utils=checks)
+    b = {k: t.to(DEVICE).requires_grad_() for k, t in block_inputs("self", 1, 3).items()}
+    names = ("conv_weight_CK", "conv_bias_C", "A_log_H", "D_H", "dt_bias_H", "norm_weight_E")
+    tensors = (b["projected"], None, None, b["time_factor_BLH"], *(b[k] for k in names))
+    torch.library.opcheck(ssd_block_forward, (*tensors, None, False, 3, 2, 1e-12, True), test_utils=checks)
+
+
+def test_float64_is_refused(scan_inputs):
+    inputs = {k: t.double() for k, t in scan(scan_inputs, 1, 3).items()}
+    with pytest.raises(BackendUnavailable, match="float64"):
+        ssd(**{k: t.to(DEVICE) for k, t in inputs.items()}, backend="triton")
