@@ -26,6 +26,7 @@ from mmm4rec_cli.commands.invocation import Command
 from mmm4rec_cli.commands.preprocess import preprocess
 from mmm4rec_cli.commands.pretrain import pretrain
 from mmm4rec_cli.commands.recommend import recommend
+from mmm4rec_cli.commands.report import report
 from mmm4rec_cli.commands.runs import runs
 from mmm4rec_cli.console import print_json, show_error
 from mmm4rec_cli.errors import DataError, DeviceError, UsageError, UserError
@@ -39,6 +40,7 @@ COMMANDS: tuple[tuple[str, Command], ...] = (
     ("Results", evaluate),
     ("Results", recommend),
     ("Results", export),
+    ("Results", report),
     ("Results", runs),
     ("Machine", doctor),
 )

@@ -1,0 +1,48 @@
+"""`mmm4rec report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmm4rec_cli.commands.invocation import Invocation, Result, command
+
+
+@command("mmm4rec report", "mmm4rec report --run 51f9bc --run 68334f --out both.html")
+def report(
+    invocation: Invocation,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fine-tuning run; several are shown side by side (repeatable)",
+            metavar="RUN",
+            show_default="the newest finished run",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="the page's file", metavar="FILE", show_default="report.html in the first run's folder"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N", show_default="runtime.device = auto")
+    ] = None,
+) -> Result:
+    """Write one self-contained HTML page on one run or several."""
+    from mmm4rec_cli.errors import RunError
+    from mmm4rec_cli.report.page import write_report
+    from mmm4rec_cli.runs import find_run, newest_run
+
+    workspace = invocation.workspace
+    runtime = invocation.settings(options={"runtime.device": device}).runtime
+    found = [find_run(workspace, reference) for reference in run or []]
+    if not found:
+        newest = newest_run(workspace, "finetune")
+        if newest is None:
+            raise RunError(
+                f"no finished fine-tuning run in {workspace.runs}",
+                hint="make one with: mmm4rec finetune --domain scientific",
+            )
+        found = [newest]
+    path = out or found[0].path / "report.html"
+    write_report(workspace, found, path, runtime, reporter=invocation.reporter)
+    return Result({"report": str(path), "runs": [one.id for one in found]}, f"report: {path}")
