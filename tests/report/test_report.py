@@ -216,3 +216,14 @@ def test_several_seeds_show_mean_and_spread(shop, small_settings, report):
     mrr, spread = result["metrics"]["test"]["MRR"], result["metrics_sd"]["test"]["MRR"]
     assert f"{mrr:.4f} ± {spread:.4f}" in text
     assert Run(next(all_runs(shop)).path).short_id in text
+
+
+def test_a_published_domain_has_the_published_row_beside_ours_where_it_is_comparable(shop, small_settings):
+    from mmm4rec_cli.report.gather import _metrics
+
+    result = {**next(all_runs(shop)).result, "domain": "scientific"}
+    assert _metrics(result, small_settings())["published"]["Hit@10"] == pytest.approx(0.134802)
+    without = small_settings(model={"item_bias": False})
+    assert _metrics(result, without)["published"]["NDCG@10"] == pytest.approx(0.0668, abs=5e-5)
+    assert "published" not in _metrics(result, small_settings(data={"split": "temporal"}))
+    assert "published" not in _metrics({**result, "domain": "ring"}, small_settings())
