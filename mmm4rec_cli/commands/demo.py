@@ -21,6 +21,7 @@ def demo(
     """Draw a sample shop and run the whole pipeline on it: with and without pre-training, beside popularity."""
     from mmm4rec_cli.console import table
     from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
+    from mmm4rec_cli.report.page import write_report
     from mmm4rec_cli.runs import find_run
     from mmm4rec_cli.training.finetune import finetune
     from mmm4rec_cli.training.pretrain import pretrain
@@ -50,12 +51,18 @@ def demo(
         _row("from scratch", tested["from scratch"]["metrics"], scratch),
         _row("pre-trained", tested["pre-trained"]["metrics"], tuned),
     ]
+    user, items = _recommended(invocation, tuned["run"], settings)
+    page = workspace.root / "report.html"
+    runs = [find_run(workspace, result["run"]) for result in (tuned, scratch)]
+    write_report(workspace, runs, page, settings.runtime, reporter=reporter)
     seconds = time.perf_counter() - begin
     document = {
         "seed": seed,
         "domain": target,
         "rows": rows,
         "runs": {"pretrain": before["run"], "scratch": scratch["run"], "pretrained": tuned["run"]},
+        "recommended": {"user": user, "items": items},
+        "report": str(page),
         "seconds": seconds,
     }
     facts = (
@@ -64,7 +71,22 @@ def demo(
         f"{before['seconds']:.0f} s; everything in {seconds:.0f} s"
     )
     shown = table(f"sample shop {seed}", [name.replace("_", " ") for name in rows[0]], [list(r.values()) for r in rows])
-    return Result(document, shown, facts, next=f"mmm4rec evaluate --workspace {workspace.root} --by length,popularity")
+    answer = table(
+        f"for user {user}, from the pre-trained run",
+        ["", "item", "title", "score", "text", "image"],
+        [
+            [place, one["raw_item_id"], one["title"], one["score"], one["text_score"], one["image_score"]]
+            for place, one in enumerate(items, 1)
+        ],
+    )
+    return Result(
+        document,
+        answer,
+        shown,
+        facts,
+        f"report: {page}",
+        next=f"mmm4rec evaluate --workspace {workspace.root} --by length,popularity",
+    )
 
 
 def _row(label: str, metrics: dict[str, float], training: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -75,6 +97,18 @@ def _row(label: str, metrics: dict[str, float], training: dict[str, Any] | None 
         "best_epoch": None if training is None else training["best_epoch"],
         "train_seconds": None if training is None else round(training["seconds"]),
     }
+
+
+def _recommended(invocation: Invocation, run: str, settings: "Settings") -> tuple[str, list[dict[str, Any]]]:
+    """The first user of the target domain and what the run would show them next, five items."""
+    from mmm4rec_cli.evaluation.recommend import Asked, load_recommender
+    from mmm4rec_cli.runs import find_run
+
+    workspace = invocation.workspace
+    recommender = load_recommender(workspace, find_run(workspace, run), settings, reporter=invocation.reporter)
+    user = recommender.dataset.raw_user_ids[0]
+    (answer,) = (one for block in recommender.recommend([Asked(user)], 5) for one in recommender.documents(block))
+    return user, answer["items"]
 
 
 def _finished(

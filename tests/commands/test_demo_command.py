@@ -20,6 +20,8 @@ def test_the_demo_ranks_popularity_below_scratch_below_pretrained(tmp_path):
         popular, scratch, pretrained = (row[metric] for row in document["rows"])
         assert popular < scratch < pretrained
     assert document["rows"][2]["best_epoch"] < document["rows"][1]["best_epoch"]
+    assert len(document["recommended"]["items"]) == 5
+    assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")[:200]
     again = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
     assert json.loads(again.stdout)["runs"] == document["runs"]
     assert json.loads(again.stdout)["rows"] == document["rows"]
