@@ -141,6 +141,21 @@ def newest_run(
     return next((run for run in all_runs(workspace, command, domain) if run.finished and fits(run)), None)
 
 
+def run_or_newest(workspace: Workspace, reference: str | None, domain: str | None = None) -> Run:
+    """The run that the user named, or the newest finished fine-tuning run (of the domain).
+
+    Raises:
+        RunError: there is none.
+    """
+    run = find_run(workspace, reference) if reference is not None else newest_run(workspace, "finetune", domain)
+    if run is None:
+        raise RunError(
+            f"no finished fine-tuning run in {workspace.runs}",
+            hint=f"make one with: mmm4rec finetune --domain {domain or 'scientific'}",
+        )
+    return run
+
+
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

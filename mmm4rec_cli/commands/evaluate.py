@@ -64,10 +64,10 @@ def evaluate(
     ] = None,
 ) -> Result:
     """Rank the whole catalogue for every user and measure where the target stands."""
-    from mmm4rec_cli.errors import RunError, UsageError
+    from mmm4rec_cli.errors import UsageError
     from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
     from mmm4rec_cli.evaluation.segments import SEGMENTS
-    from mmm4rec_cli.runs import find_run, newest_run
+    from mmm4rec_cli.runs import find_run, run_or_newest
     from mmm4rec_cli.settings import for_run
 
     workspace, reporter = invocation.workspace, invocation.reporter
@@ -78,13 +78,7 @@ def evaluate(
     if run is not None and Path(run).is_file():
         found, settings = _adopted(invocation, Path(run), domain, options)
     else:
-        run_or_none = find_run(workspace, run) if run is not None else newest_run(workspace, "finetune", domain)
-        if run_or_none is None:
-            raise RunError(
-                f"no finished fine-tuning run in {workspace.runs}",
-                hint=f"make one with: mmm4rec finetune --domain {domain or 'scientific'}",
-            )
-        found = run_or_none
+        found = run_or_newest(workspace, run, domain)
         if domain is not None and domain != found.about["domain"]:
             raise UsageError(
                 f"--domain {domain}: run {found.id} is of {found.about['domain']}", hint="leave --domain out"

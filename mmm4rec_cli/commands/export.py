@@ -33,19 +33,13 @@ def export(
     ] = None,
 ) -> Result:
     """Write item vectors and the user encoder for serving."""
-    from mmm4rec_cli.errors import RunError
     from mmm4rec_cli.evaluation.export import check_format, export_run
-    from mmm4rec_cli.runs import find_run, newest_run
+    from mmm4rec_cli.runs import run_or_newest
     from mmm4rec_cli.settings import for_run
 
     check_format(format.value)
     workspace = invocation.workspace
-    found = find_run(workspace, run) if run is not None else newest_run(workspace, "finetune")
-    if found is None:
-        raise RunError(
-            f"no finished fine-tuning run in {workspace.runs}",
-            hint="make one with: mmm4rec finetune --domain scientific",
-        )
+    found = run_or_newest(workspace, run)
     settings = for_run(found.settings_document, invocation.resolved(), run=found.id, reporter=invocation.reporter)
     folder = out or found.path / "export" / format.value
     document = export_run(workspace, found, settings, format.value, folder, invocation.reporter)

@@ -78,10 +78,10 @@ def recommend(
     ] = None,
 ) -> Result:
     """Recommend items to a user, to a bare history, to a file of either, or list an item's neighbours."""
-    from mmm4rec_cli.errors import RunError, UsageError
+    from mmm4rec_cli.errors import UsageError
     from mmm4rec_cli.evaluation.recommend import Asked, load_recommender, parse_moment
     from mmm4rec_cli.evaluation.recommend_files import check_suffix, read_asked, read_ids, recommendation_file
-    from mmm4rec_cli.runs import find_run, newest_run
+    from mmm4rec_cli.runs import run_or_newest
     from mmm4rec_cli.settings import for_run
 
     workspace, reporter = invocation.workspace, invocation.reporter
@@ -98,12 +98,7 @@ def recommend(
         check_suffix(out)
     moment = None if at is None else parse_moment(at)
     stamps = None if times is None else [parse_moment(part.strip()) for part in times.split(",") if part.strip()]
-    found_run = find_run(workspace, run) if run is not None else newest_run(workspace, "finetune")
-    if found_run is None:
-        raise RunError(
-            f"no finished fine-tuning run in {workspace.runs}",
-            hint="make one with: mmm4rec finetune --domain scientific",
-        )
+    found_run = run_or_newest(workspace, run)
     resolved = invocation.resolved(options={"runtime.device": device})
     settings = for_run(found_run.settings_document, resolved, run=found_run.id, reporter=reporter)
     recommender = load_recommender(

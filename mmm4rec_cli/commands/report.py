@@ -28,21 +28,13 @@ def report(
     ] = None,
 ) -> Result:
     """Write one self-contained HTML page on one run or several."""
-    from mmm4rec_cli.errors import RunError
     from mmm4rec_cli.report.page import write_report
-    from mmm4rec_cli.runs import find_run, newest_run
+    from mmm4rec_cli.runs import run_or_newest
 
     workspace = invocation.workspace
     runtime = invocation.settings(options={"runtime.device": device}).runtime
-    found = [find_run(workspace, reference) for reference in run or []]
-    if not found:
-        newest = newest_run(workspace, "finetune")
-        if newest is None:
-            raise RunError(
-                f"no finished fine-tuning run in {workspace.runs}",
-                hint="make one with: mmm4rec finetune --domain scientific",
-            )
-        found = [newest]
+    references: list[str | None] = [*run] if run else [None]
+    found = [run_or_newest(workspace, reference) for reference in references]
     path = out or found[0].path / "report.html"
     write_report(workspace, found, path, runtime, reporter=invocation.reporter)
     return Result({"report": str(path), "runs": [one.id for one in found]}, f"report: {path}")

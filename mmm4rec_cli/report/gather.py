@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import torch
 
 from mmm4rec_cli.data import columns
-from mmm4rec_cli.data.dataset import Dataset, load_dataset
+from mmm4rec_cli.data.dataset import Dataset
 from mmm4rec_cli.data.sequences import Split
 from mmm4rec_cli.data.tables import read_manifest
 from mmm4rec_cli.device import resolve_device
-from mmm4rec_cli.errors import DataError, RunError
+from mmm4rec_cli.errors import RunError
 from mmm4rec_cli.evaluation.evaluate import RankedSplit, Ranking, rank_split
-from mmm4rec_cli.evaluation.evaluate_run import later_share
+from mmm4rec_cli.evaluation.evaluate_run import later_share, run_dataset
 from mmm4rec_cli.evaluation.rank_files import SCHEMA
 from mmm4rec_cli.evaluation.segments import SEGMENTS, segment_metrics
 from mmm4rec_cli.published import published_result
@@ -99,7 +99,7 @@ def gather(workspace: Workspace, run: Run, runtime: RuntimeSettings, reporter: R
             hint=f"finish it with: mmm4rec finetune --domain {about['domain']} --resume {run.short_id}",
         )
     result, settings = run.result, run.settings.model_copy(update={"runtime": runtime})
-    dataset = _dataset(workspace, run)
+    dataset = run_dataset(workspace, run)
     split = dataset.sequences.split(settings.data.split, settings.data.split_share)
     device = resolve_device(runtime.device)
     notes = []
@@ -133,19 +133,6 @@ def gather(workspace: Workspace, run: Run, runtime: RuntimeSettings, reporter: R
         health=_health(dataset, split),
         notes=notes,
     )
-
-
-def _dataset(workspace: Workspace, run: Run) -> Dataset:
-    about = run.about
-    try:
-        return load_dataset(workspace, about["domains"], about["encoder"])
-    except DataError as error:
-        gone = [name for name in about["domains"] if not (workspace.processed(name) / "manifest.json").is_file()]
-        if not gone:
-            raise
-        raise RunError(
-            f"run {run.id} needs the domain {', '.join(gone)}, which is no longer there", hint=error.hint
-        ) from None
 
 
 def _ranked(
