@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmm4rec_cli.data.sequences import Windows
+
 
 class SequenceModel(nn.Module, ABC):
     """A model whose score of an item is the product of a user vector with that item's row of one table.
@@ -56,6 +58,14 @@ class SequenceModel(nn.Module, ABC):
         if self.padding_candidate:
             return F.cross_entropy(user_BD @ table_VD.T, target_B)
         return F.cross_entropy(user_BD @ table_VD[1:].T, target_B - 1)
+
+    def training_loss(self, windows: Windows, in_batch: bool = False) -> Tensor:
+        """What a training step minimises, a scalar: the mean loss of the windows' targets.
+
+        A model with losses of its own beside the recommendation loss adds them here.
+        """
+        user_BD = self(windows.items_BT, windows.lengths_B, windows.timestamps_BT)
+        return self.loss(user_BD, windows.target_B, in_batch=in_batch)
 
     def _in_batch_loss(self, user_BD: Tensor, target_B: Tensor) -> Tensor:
         scores_BB = user_BD @ self.item_table(target_B).T

@@ -89,8 +89,7 @@ def train_epoch(
         for positions in group:
             windows = sequences.windows(positions, max_len, with_target_time=model.reads_target_time)
             with precision(number_format, device):
-                user_BD = model(windows.items_BT, windows.lengths_B, windows.timestamps_BT)
-                loss = model.loss(user_BD, windows.target_B, in_batch=task.in_batch)
+                loss = model.training_loss(windows, in_batch=task.in_batch)
             group_loss += loss.detach().double() * len(positions)
             (loss * (len(positions) / size) if plan.mean_over_group else loss).backward()  # type: ignore[no-untyped-call]
         if plan.stop_on_nonfinite and not math.isfinite(group_loss.item()):
