@@ -54,7 +54,15 @@ class SequenceModel(nn.Module, ABC):
         """
         if in_batch:
             return self._in_batch_loss(user_BD, target_B)
-        table_VD = self.item_table()
+        return self.catalogue_loss(user_BD, self.item_table(), target_B)
+
+    def users(self, windows: Windows) -> Tensor:
+        """User vectors [B, D] of windows."""
+        user_BD: Tensor = self(windows.items_BT, windows.lengths_B, windows.timestamps_BT)
+        return user_BD
+
+    def catalogue_loss(self, user_BD: Tensor, table_VD: Tensor, target_B: Tensor) -> Tensor:
+        """The full loss on an item table that is at hand."""
         if self.padding_candidate:
             return F.cross_entropy(user_BD @ table_VD.T, target_B)
         return F.cross_entropy(user_BD @ table_VD[1:].T, target_B - 1)
@@ -64,8 +72,7 @@ class SequenceModel(nn.Module, ABC):
 
         A model with losses of its own beside the recommendation loss adds them here.
         """
-        user_BD = self(windows.items_BT, windows.lengths_B, windows.timestamps_BT)
-        return self.loss(user_BD, windows.target_B, in_batch=in_batch)
+        return self.loss(self.users(windows), windows.target_B, in_batch=in_batch)
 
     def _in_batch_loss(self, user_BD: Tensor, target_B: Tensor) -> Tensor:
         scores_BB = user_BD @ self.item_table(target_B).T
