@@ -4,7 +4,7 @@ No prefix is ever written out: a training example is the flat position of its ta
 U users, B windows in the batch, T places (max_len).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,21 @@ class Windows:
     """Item ids, int64."""
     rows: int | None = None
     """A bound on the sum of the lengths that a model may compute with instead of B T; None: it is not known."""
+    candidate_C: Tensor | None = None
+    """Item ids that the in-batch loss chooses from, int64; None: the windows' own targets."""
+    own: int = 0
+    """Where the own targets stand among the candidates."""
+
+    def to(self, device: torch.device) -> "Windows":
+        """The same on another device."""
+        names = ("items_BT", "lengths_B", "timestamps_BT", "target_B", "candidate_C")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None}
+        return replace(self, **moved)
+
+    def among(self, candidate_C: Tensor, own: int) -> "Windows":
+        """The same as a part of a larger batch, whose targets are the candidates."""
+        return replace(self, candidate_C=candidate_C, own=own)
 
 
 @dataclass(frozen=True)
