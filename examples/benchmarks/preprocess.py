@@ -40,11 +40,13 @@ SIZES = {
 """Ratings and metadata lines of the real categories."""
 
 PROSE = (
-    "stainless steel kitchen set with soft handles and a lid that fits most pans made from organic cotton in a small "
-    "workshop the story of a family over three generations told by its youngest daughter remastered from the original "
-    "tapes includes bonus tracks roasted slowly for a mild taste &amp; a fine crust <b>new edition</b> dishwasher safe "
-    "please read the size chart before you order this item ships from and is sold by the maker"
-).split()
+    "stainless steel kitchen set with soft handles and a lid that fits most pans made from organic cotton in a "
+    "small workshop the story of a family over three generations told by its youngest daughter remastered from "
+    "the original tapes includes bonus tracks roasted slowly for a mild taste &amp; a fine crust <b>new "
+    "edition</b> dishwasher safe please read the size chart before you order this item ships from and is sold by "
+    "the maker"
+)
+WORDS = PROSE.split()
 
 
 def names(codes, prefix, width):
@@ -104,8 +106,8 @@ def metadata_line(asin, place, random, others):
     """One line of about two kilobytes, as the metadata files of 2018 have them."""
 
     def words(most):
-        start, count = random.integers(len(PROSE)), random.integers(3, most)
-        return " ".join((PROSE * 3)[start : start + count])
+        start, count = random.integers(len(WORDS)), random.integers(3, most)
+        return " ".join((WORDS * 3)[start : start + count])
 
     description = [words(90)] if random.random() < 0.75 else []
     title = words(14).title()

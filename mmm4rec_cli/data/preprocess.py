@@ -37,6 +37,7 @@ from mmm4rec_cli.data.interactions import (
     repeated_pairs,
     tied_rows,
     with_prefix,
+    without_idle_names,
 )
 from mmm4rec_cli.data.items import Metadata, OwnItems, metadata_of_own, read_metadata, read_own_items
 from mmm4rec_cli.data.tables import command, preprocess_command, read_manifest, read_tables, write_tables
@@ -278,7 +279,8 @@ def _filtered(
         counts["items with image"] = log.counts()
     log, rounds = k_core(log, settings.min_user, settings.min_item)
     counts["k-core"] = log.counts()
-    left = metadata.frame.filter(pl.col(RAW_ITEM_ID).is_in(log.item_names().implode()))
+    log = without_idle_names(log)
+    left = metadata.frame.filter(pl.col(RAW_ITEM_ID).is_in(log.items.implode()))
     return _Part(log, replace(metadata, frame=left), counts, rounds, tied)
 
 
