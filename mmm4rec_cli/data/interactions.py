@@ -369,10 +369,13 @@ def _coded(
     names = distinct.cast(pl.String).alias("name")
     physical = distinct.to_physical().to_numpy()
     codes = _places(physical, int(physical.max()) + 1)[categories.to_physical().to_numpy()]
-    blank = np.flatnonzero((names.str.strip_chars() == "").to_numpy())
-    if len(blank):
-        row = int(np.flatnonzero(np.isin(codes, blank))[0])
-        raise DataError(f"{path}, {locate(row)}: {ids.name} is empty", hint=hint)
+    for faulty, fault in (
+        (names.str.strip_chars() == "", "is empty"),
+        (names.str.contains("\0", literal=True), "holds a NUL byte"),
+    ):
+        if faulty.any():
+            row = int(np.flatnonzero(faulty.to_numpy()[codes])[0])
+            raise DataError(f"{path}, {locate(row)}: {ids.name} {fault}", hint=hint)
     return names, codes
 
 
@@ -407,6 +410,8 @@ def _times(
             )
         refuse(~column.is_finite(), "is not a number")
         return _as_numbers(column, unit, path, locate)
+    if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+        raise DataError(f"{path}: timestamp is {column.dtype}, neither numbers nor dates", hint=_OWN_HINT)
 
     text = column.cast(pl.String).str.strip_chars()
     if unit != "iso":

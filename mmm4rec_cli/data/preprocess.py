@@ -203,7 +203,12 @@ def _sources(workspace: Workspace, domain: str, log: Path | None, items: Path | 
         sources = [_raw(workspace, member) for member in domains.members(domain)]
         which = ("--mix", domain) if domain in domains.MIXES else ("--domain", domain)
         hint = command(workspace, "download", *which)
-    missing = [f"{path} is missing" for source in sources for path in source.files if not path.is_file()]
+    missing = [
+        f"{path} is {'not a file' if path.exists() else 'missing'}"
+        for source in sources
+        for path in source.files
+        if not path.is_file()
+    ]
     if missing:
         raise DataError(*missing, hint=hint)
     return sources
