@@ -145,7 +145,7 @@ BROKEN = [
     ("endless nesting", log("log.jsonl", jsonl() + "[" * 200_000 + "\n"), "line 37: not a JSON object"),
     (
         "unknown items",
-        log("log.csv", GOOD.replace(",i1", ",j1").replace("u", "v")),
+        log("log.csv", HEADER + "u1,x9,5\n"),
         "no item of the interactions is known",
     ),
     ("too few rows", log("log.csv", HEADER + "u1,i1,5\n"), "lower data.min_user"),
