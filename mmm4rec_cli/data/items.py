@@ -45,7 +45,8 @@ class Metadata:
 
     Attributes:
         known: raw ids of the rated items that occur in the metadata.
-        frame: `raw_item_id`, `title`, `text`, `image`, `image_url` (all String) of the wanted ones, once an item.
+        frame: `raw_item_id`, `title`, `text`, `image`, `image_url` (all String) of the wanted ones, once an item; of a
+            user's own, of all.
         lines: lines or rows read.
         repeated: of these, the ones whose item had occurred before; the first line of an item counts.
     """
@@ -189,12 +190,12 @@ def read_own_items(path: Path, columns: Columns, workspace: Workspace) -> OwnIte
     return _with_pictures(frame, path.parent, workspace)
 
 
-def metadata_of_own(items: OwnItems, rated: pl.Series, wanted: pl.Series) -> Metadata:
-    """The wanted ones of a user's own items, their texts cleaned."""
+def metadata_of_own(items: OwnItems, rated: pl.Series) -> Metadata:
+    """A user's own items, rated or not, their texts cleaned."""
     frame = items.frame
     return Metadata(
         known=frame[ITEM_ID].filter(frame[ITEM_ID].is_in(rated.implode())),
-        frame=with_texts(frame.filter(pl.col(ITEM_ID).is_in(wanted.implode()))),
+        frame=with_texts(frame),
         lines=frame.height,
         repeated=0,
     )
