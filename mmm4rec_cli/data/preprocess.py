@@ -157,6 +157,7 @@ def build_tables(
     if kept is not None:
         reporter.note(f"{domain}: same sources, settings and rules as before; the tables were kept")
         return kept
+    _warn_of_appended(workspace, domain, reporter)
 
     parts = []
     with reporter.stage(f"tables of {domain}", total=len(sources), unit="source") as progress:
@@ -289,6 +290,20 @@ def _kept(workspace: Workspace, domain: str, identity: dict[str, Any]) -> dict[s
         return read_tables(workspace, domain).manifest
     except DataError:
         return None
+
+
+def _warn_of_appended(workspace: Workspace, domain: str, reporter: Reporter) -> None:
+    """Say what goes with tables that are made anew, where files were appended to them."""
+    try:
+        appended = read_manifest(workspace, domain).get("appended", [])
+    except DataError:
+        return
+    if appended:
+        paths = [source["path"] for entry in appended for source in entry["sources"]]
+        reporter.warn(
+            f"{domain}: made anew, since sources or settings changed; ids change, and what was appended is left out: "
+            f"append it again ({', '.join(paths)})"
+        )
 
 
 def _filtered(
