@@ -32,7 +32,7 @@ def preprocess(
         list[str] | None,
         typer.Argument(
             help="domains or mixes, as with --domain",
-            metavar="[DOMAIN]...",
+            metavar="DOMAIN",
             show_default="all whose raw files are there",
         ),
     ] = None,
