@@ -76,15 +76,14 @@ def write_ratings(path, rows, n_items, random):
     order = np.concatenate([np.arange(fresh), again])
     order = order[np.argsort(items[order], kind="stable")]
     days = random.integers(11_000, 17_800, fresh) * 86_400
-    ratings = random.choice(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), fresh, p=[0.08, 0.05, 0.08, 0.18, 0.61])
+    ratings = random.choice(5, fresh, p=[0.08, 0.05, 0.08, 0.18, 0.61])
     user_names = names(np.arange(users.max() + 1), "A", 13)
     item_names = names(np.arange(n_items), "B0", 8)
     assert pc.count_distinct(user_names).as_py() == len(user_names)
     assert pc.count_distinct(item_names).as_py() == len(item_names)
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
-    schema = pa.schema([("i", pa.string()), ("u", pa.string()), ("r", pa.float64()), ("t", pa.int64())])
+    schema = pa.schema([("i", pa.string()), ("u", pa.string()), ("r", pa.string()), ("t", pa.int64())])
     rating_names = pa.array(["1.0", "2.0", "3.0", "4.0", "5.0"])
-    schema = schema.set(2, pa.field("r", pa.string()))
     with pyarrow.csv.CSVWriter(path, schema, write_options=options) as writer:
         for start in range(0, len(order), 1 << 20):
             rows_here = order[start : start + (1 << 20)]
@@ -93,7 +92,7 @@ def write_ratings(path, rows, n_items, random):
                     [
                         item_names.take(pa.array(items[rows_here])),
                         user_names.take(pa.array(users[rows_here])),
-                        rating_names.take(pa.array(ratings[rows_here].astype(np.int64) - 1)),
+                        rating_names.take(pa.array(ratings[rows_here])),
                         pa.array(days[rows_here]),
                     ],
                     schema=schema,
