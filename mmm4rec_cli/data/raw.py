@@ -9,6 +9,7 @@ import ast
 import csv
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -261,8 +262,13 @@ def _object(text: str, literals: bool) -> dict[str, Any] | None:
 
 
 def scalar(value: Any) -> str | None:
-    """A text, number or truth value as a string, numbers by their digits; None for anything else."""
-    return None if isinstance(value, (list, tuple, dict)) else _string(value)
+    """A text, number or truth value as a string, numbers by their digits; None for anything else.
+
+    A whole number beyond 64 bits is read as a real one that lacks digits, which would make one id of several: None too.
+    """
+    if isinstance(value, (list, tuple, dict)) or (isinstance(value, float) and 2**63 <= abs(value) < math.inf):
+        return None
+    return _string(value)
 
 
 def strings(value: Any) -> list[str] | None:

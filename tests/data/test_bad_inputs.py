@@ -139,6 +139,7 @@ BROKEN = [
     ("array for an object", log("log.jsonl", jsonl() + "[1, 2]\n"), "line 37: not a JSON object"),
     ("list for an id", log("log.jsonl", jsonl(user_id=["u", "v"])), "line 5: no user_id"),
     ("object for an id", log("log.jsonl", jsonl(item_id={"id": "i"})), "line 5: no item_id"),
+    ("number of 30 digits for an id", log("log.jsonl", jsonl(item_id=10**29 + 1)), "line 5: no item_id"),
     ("null for a time", log("log.jsonl", jsonl(timestamp=None)), "line 5: no timestamp"),
     ("NaN in JSON", log("log.jsonl", jsonl(timestamp=float("nan"))), "line 5: timestamp 'NaN'"),
     ("cut JSON line", log("log.jsonl", jsonl()[:-9]), "line 36: not a JSON object"),
