@@ -1,6 +1,7 @@
 """`mmm4rec preprocess`."""
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
     from mmm4rec_cli.workspace import Workspace
 
+
+class Engine(StrEnum):
+    """What encodes."""
+
+    local = "local"
+    ray = "ray"
+
+
 OWN_ENCODER = "own"
 """Name of the features file of `--features` where `--encoder` gives none."""
 
@@ -23,6 +32,7 @@ OWN_ENCODER = "own"
     "mmm4rec preprocess --domain magazine --no-images",
     "mmm4rec preprocess --domain my-shop --interactions orders.csv --items products.parquet",
     "mmm4rec preprocess --domain my-shop --features vectors.parquet",
+    "mmm4rec preprocess --domain arts --shard 1/4",
 )
 def preprocess(
     invocation: Invocation,
@@ -65,8 +75,8 @@ def preprocess(
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="siglip, siglip2, clip, sketch (no weights, not for research), an id or a folder; with --features its "
-            "name",
+            help="siglip, siglip2, clip, blip, blip2, fashion-siglip, siglip+roberta, clip+bert, sketch (no weights, "
+            "not for research), an id or a folder; with --features its name",
             metavar="NAME",
             show_default="features.encoder = siglip",
         ),
@@ -92,6 +102,16 @@ def preprocess(
     ] = False,
     no_images: Annotated[bool, typer.Option("--no-images", help="fetch no pictures and use none")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="fetch no pictures, use those that are there")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="encode the I-th of N shares, one a machine; then --merge", metavar="I/N", show_default="all"
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="encode nothing, join what all shards made")] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="where encoding runs: this process and its workers, or Ray (extra [ray])")
+    ] = Engine.local,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N", show_default="runtime.device = auto")
     ] = None,
@@ -100,14 +120,23 @@ def preprocess(
     from mmm4rec_cli.data.images import fetch_images, leave_images_out
     from mmm4rec_cli.data.preprocess import build_tables
     from mmm4rec_cli.device import resolve_device
-    from mmm4rec_cli.features.encoders import joint_model
+    from mmm4rec_cli.features.encoders import model_sources
     from mmm4rec_cli.features.extract import extract_features, import_features
+    from mmm4rec_cli.features.parts import read_shard
 
     workspace, reporter = invocation.workspace, invocation.reporter
     if no_images and offline:
         raise UsageError("--no-images and --offline exclude one another", hint="--offline uses the pictures on disk")
     if features is not None and skip_features:
         raise UsageError("--features and --skip-features exclude one another", hint="leave one of them out")
+    share = None if shard is None else read_shard(shard)
+    if share is not None and merge:
+        raise UsageError("--shard and --merge exclude one another", hint="--merge comes when every shard is done")
+    if (share is not None or merge or engine != Engine.local) and (features is not None or skip_features):
+        raise UsageError(
+            "--shard, --merge and --engine are about encoding, and --features and --skip-features encode nothing",
+            hint="leave one side out",
+        )
     names = _domains(workspace, domain or [], mix or [])
     if len(names) != 1 and (interactions is not None or items is not None or features is not None):
         raise UsageError(
@@ -124,7 +153,7 @@ def preprocess(
     resolved = {name: invocation.resolved(domain=name, options=options) for name in names or _complete(workspace)}
     if features is None and not skip_features:
         for one in resolved.values():
-            joint_model(one.settings.features)
+            model_sources(one.settings.features)
             resolve_device(one.settings.runtime.device)
     manifests = []
     for name, one in resolved.items():
@@ -141,7 +170,16 @@ def preprocess(
             own = settings.features.encoder if one.is_set("features.encoder") else OWN_ENCODER
             path = import_features(workspace, name, features, own, reporter)
         elif not skip_features:
-            path = extract_features(workspace, name, settings.features, settings.runtime.device, reporter)
+            path = extract_features(
+                workspace,
+                name,
+                settings.features,
+                settings.runtime.device,
+                reporter,
+                engine=engine.value,
+                shard=share,
+                merge=merge,
+            )
         manifests.append(manifest | {"features": None if path is None else str(path)})
     document = manifests[0] if len(manifests) == 1 else {"domains": manifests}
     shown = [part for manifest in manifests for part in _shown(manifest)]

@@ -50,6 +50,7 @@ def test_a_joint_model_gives_unit_vectors_that_do_not_depend_on_the_batch(load, 
 @pytest.mark.parametrize("seeing", ["vit", "vit-no-pooler", "resnet"])
 def test_any_text_model_goes_with_any_image_model(load, model, pooling, seeing):
     encoder = load(text_model=model("bert"), image_model=model(seeing), text_pooling=pooling)
+    assert encoder.models == {"text": model("bert"), "image": model(seeing)}
     assert encoder.name == f"bert-1+{seeing}-1"
     assert encoder.identity["text"]["pooling"] == pooling
     assert encoder.identity["image"]["pooling"] == ("mean" if seeing == "vit-no-pooler" else "pooled")
@@ -141,20 +142,48 @@ def test_texts_are_cut_to_what_the_settings_and_the_model_allow(load, model, rep
     assert np.isfinite(capped.text.texts(["mouse " * 400])).all()
 
 
-def test_a_text_model_without_a_trained_pooler_is_refused_for_pooled_and_taken_for_the_mean(load, model):
+def test_a_text_model_without_a_trained_pooler_is_refused_for_pooled_and_taken_for_the_mean(load, model, reporter):
     pair = {"text_model": model("bert-no-pooler"), "image_model": model("vit")}
     with pytest.raises(UsageError, match="no trained pooled output") as caught:
-        load(**pair)
+        load(**pair, text_pooling="pooled")
     assert "features.text_pooling=mean" in caught.value.hint
     check_sides(load(**pair, text_pooling="mean"), 16, 16)
+    assert load(**pair).identity == load(**pair, text_pooling="mean").identity
+    assert any("no trained pooled output" in text for text in reporter.notes)
 
 
-def test_a_model_trained_for_the_mean_says_so(load, model, reporter):
-    folder = Path(model("bert", name="sentence"))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    load(text_model=str(folder), image_model=model("vit"))
-    assert any("text_pooling=mean" in text for text in reporter.warnings)
+@pytest.mark.parametrize(
+    ("said", "pooling"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, "cls"),
+        ({"pooling_mode": "cls"}, "cls"),
+        (None, "mean"),
+    ],
+)
+def test_a_sentence_transformers_model_is_pooled_as_it_was_trained_and_that_is_said(
+    load, model, reporter, tmp_path, said, pooling
+):
+    folder = tmp_path / "sentence"
+    shutil.copytree(model("bert"), folder)
+    (folder / "modules.json").write_text("[]")
+    if said is not None:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    pair = {"text_model": str(folder), "image_model": "sketch"}
+    encoder = load(**pair)
+    assert encoder.identity["text"]["pooling"] == pooling
+    assert any(f"its {pooling} over the tokens" in text for text in reporter.notes)
+    explicit = load(text_model=model("bert"), image_model="sketch", text_pooling=pooling)
+    assert explicit.identity == encoder.identity
+    np.testing.assert_array_equal(explicit.text.texts(TEXTS), encoder.text.texts(TEXTS))
+    load(**pair, text_pooling="pooled")
+    assert any("text_pooling=auto" in text for text in reporter.warnings)
+
+
+def test_a_plain_model_is_pooled_as_its_pooler_was_trained(load, model):
+    encoder = load(text_model=model("bert"), image_model="sketch")
+    assert encoder.identity["text"]["pooling"] == "pooled"
 
 
 def test_the_fingerprint_follows_weights_and_preprocessing_but_not_the_place(load, model, tmp_path):
