@@ -664,6 +664,18 @@ class _Processed:
         return {key: np.asarray(value)[0] for key, value in processed.items()}
 
 
+@dataclass(frozen=True)
+class _Resized:
+    """What a processor that squeezes pictures to one size does to their bytes, without its detour through numpy."""
+
+    size: tuple[int, int]
+    resample: Any
+
+    def __call__(self, image: Image.Image) -> Prepared:
+        pixels = np.asarray(image.resize(self.size, self.resample))
+        return {"pixel_values": np.ascontiguousarray(pixels.transpose(2, 0, 1))}
+
+
 class _Image:
     """The image side of a transformers model, with the processor that needs Pillow and numpy alone."""
 
@@ -691,7 +703,7 @@ class _Image:
                 f"{source}: {type(self._processor).__name__} does not work on Pillow alone", hint="name another model"
             )
         self._whole = _Processed(self._processor, {})
-        self._levels = self._table()
+        self._levels, self._bytes = self._shortcut()
         self._on_device: Any = None
         self._pooled = loaded.has_pooler
         if not self._joint:
@@ -705,32 +717,47 @@ class _Image:
             loaded.one(self._stacked([self.prepare(Image.new("RGB", (32, 32), "white"))]), look)
             self._pooled = self._pooled and pooled[0]
 
-    def _table(self) -> Floats | None:
-        """What the processor makes of each of the 256 levels of each channel, float32 [3, 256].
+    def _shortcut(self) -> tuple[Floats | None, Callable[[Image.Image], Prepared]]:
+        """What the processor makes of each of the 256 levels of each channel, float32 [3, 256], and what gives bytes.
 
-        With it the processes hand over bytes, a quarter of the memory, and the device does the rest. None where the
-        processor does more to a level than look it up, which is tried out.
+        With both the processes hand over bytes, a quarter of the memory, and the device looks the rest up. Whether a
+        processor does no more than that is tried out on pictures of noise: only equal bits count, else its own way is
+        taken. (A JPEG decoded at reduced size gives other pixels, so that is never done.)
         """
-        rows = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
-        ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
         still = {"do_resize": False, "do_center_crop": False, "do_pad": False}
-        picture = Image.fromarray(rows)
+        rng = np.random.default_rng(0)
+        shapes = ((61, 83, 3), (700, 517, 3), (40, 900, 3))
+        pictures = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+        ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
         try:
-            levels = _Processed(self._processor, still)(Image.fromarray(ramp))["pixel_values"][:, 0]
-            fast = _Processed(self._processor, _BYTES)(picture)
+            levels = _Processed(self._processor, still)(ramp)["pixel_values"]
         except (ValueError, KeyError, TypeError, IndexError):
-            return None
-        whole, pixels = self._whole(picture), fast.get("pixel_values")
-        if set(whole) != {"pixel_values"} or pixels is None or pixels.dtype != np.uint8 or levels.shape != (3, 256):
-            return None
-        table: Floats = np.ascontiguousarray(levels, dtype=np.float32)
-        same = np.array_equal(_looked_up(table, pixels), whole["pixel_values"].astype(np.float32))
-        return table if same else None
+            return None, self._whole
+        if levels.shape != (3, 1, 256):
+            return None, self._whole
+        table: Floats = np.ascontiguousarray(levels[:, 0], dtype=np.float32)
+
+        def same(way: Callable[[Image.Image], Prepared]) -> bool:
+            for picture in pictures:
+                whole, given = self._whole(picture), way(picture)
+                if set(whole) != {"pixel_values"} or given["pixel_values"].dtype != np.uint8:
+                    return False
+                if not np.array_equal(_looked_up(table, given["pixel_values"]), whole["pixel_values"]):
+                    return False
+            return True
+
+        size = getattr(self._processor, "size", None)
+        if size is not None and size.height and size.width:
+            direct = _Resized((size.width, size.height), self._processor.resample)
+            if same(direct):
+                return table, direct
+        as_bytes = _Processed(self._processor, {"do_rescale": False, "do_normalize": False})
+        return (table, as_bytes) if same(as_bytes) else (None, self._whole)
 
     @property
     def preparer(self) -> Callable[[Image.Image], Prepared]:
         """One picture as bytes where the device can do the rest, else as `prepare`."""
-        return self._whole if self._levels is None else _Processed(self._processor, _BYTES)
+        return self._bytes
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -799,9 +826,6 @@ class _Image:
             patches = (height // patch) * (width // patch)
             states = states[:, max(0, states.shape[1] - patches) :]
         return states.mean(1)
-
-
-_BYTES = {"do_rescale": False, "do_normalize": False}
 
 
 def _looked_up(table: Any, pixels: Any) -> Any:

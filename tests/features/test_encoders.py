@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from mmm4rec_cli.errors import DataError, DeviceError, NetworkError, UsageError
-from mmm4rec_cli.features.encoders import load_encoder
-from mmm4rec_cli.features.store import fingerprint
+from mmm4rec_cli.features.encoders import _looked_up, load_encoder
+from mmm4rec_cli.features.store import PAIRS, PRESETS, fingerprint
 from mmm4rec_cli.settings.schema import FeatureSettings
 
 TEXTS = ["red cotton scarf", "a book about cats and dogs and a blue ceramic mug", "mouse"]
@@ -41,9 +41,67 @@ def check_sides(encoder, text_width, image_width):
         np.testing.assert_allclose(images(encoder, [picture])[0], row, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "width"), [("siglip", 16), ("clip", 12)])
+@pytest.mark.parametrize(
+    ("kind", "width"), [("siglip", 16), ("siglip2", 16), ("clip", 12), ("blip", 10), ("blip-joint", 12), ("blip2", 14)]
+)
 def test_a_joint_model_gives_unit_vectors_that_do_not_depend_on_the_batch(load, model, kind, width):
     check_sides(load(encoder=model(kind)), width, width)
+
+
+SHORT = {
+    "siglip": ("siglip", "siglip"),
+    "siglip2": ("siglip", "siglip"),
+    "clip": ("clip", "clip"),
+    "blip": ("blip", "blip"),
+    "blip2": ("blip2", "blip2"),
+    "siglip+roberta": ("roberta", "siglip"),
+    "clip+bert": ("bert", "clip"),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_name_loads_the_hubs_copy_on_the_disk(load, model, tmp_path, monkeypatch, name):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    ids = PAIRS[name] if name in PAIRS else (PRESETS[name], PRESETS[name])
+    for one, kind in zip(ids, SHORT[name], strict=True):
+        repository = tmp_path / f"models--{one.replace('/', '--')}"
+        shutil.copytree(model(kind), repository / "snapshots" / "a", dirs_exist_ok=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text("a")
+    encoder = load(encoder=name)
+    assert (encoder.name, encoder.models) == (name, {"text": ids[0], "image": ids[1]})
+    widths = {"siglip": 16, "clip": 12, "blip": 10, "blip2": 14, "roberta": 16, "bert": 16}
+    check_sides(encoder, *(widths[kind] for kind in SHORT[name]))
+
+
+def test_every_short_name_is_tried():
+    assert {*PRESETS, *PAIRS} == {*SHORT, "fashion-siglip", "sketch"}
+
+
+def test_blip_vectors_are_those_of_its_own_contrastive_score(load, model):
+    """The model itself gives cosines of its unit vectors, so they tell whether ours are the same."""
+    import torch
+    import transformers
+
+    for kind in ("blip", "blip2"):
+        encoder = load(encoder=model(kind))
+        own = getattr(transformers, encoder.identity["text"]["model"]).from_pretrained(model(kind)).eval()
+        tokens = {key: torch.as_tensor(value) for key, value in encoder.text.preparer(TEXTS).items()}
+        pixels = torch.from_numpy(np.stack([encoder.image.prepare(one)["pixel_values"] for one in PICTURES]))
+        given = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        texts, pictures = encoder.text.texts(TEXTS), images(encoder, PICTURES)
+        with torch.no_grad():
+            if kind == "blip":
+                score = own(pixel_values=pixels, **given, use_itm_head=False).itm_score.numpy()
+                np.testing.assert_allclose(pictures @ texts.T, score, atol=1e-6)
+            else:
+                output = own(pixel_values=pixels, **given, use_image_text_matching_head=False)
+                np.testing.assert_allclose(texts, output.text_embeds, atol=1e-6)
+                mean = output.image_embeds.mean(1)
+                np.testing.assert_allclose(pictures, mean / mean.norm(dim=1, keepdim=True), atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["pooled", "mean"])
@@ -318,3 +376,17 @@ def test_loading_writes_nothing_to_the_terminal(load, model, capfd):
     load(encoder=model("siglip")).text.texts(TEXTS)
     written = capfd.readouterr()
     assert (written.out, written.err) == ("", "")
+
+
+def test_what_the_device_looks_up_is_bit_for_bit_what_the_processor_makes(load, model):
+    for kind, resized in (("siglip", True), ("clip", False), ("resnet", False)):
+        side = load(text_model="sketch", image_model=model(kind)).image
+        assert (type(side.preparer).__name__ == "_Resized") == resized
+        for picture in PICTURES:
+            given = side.preparer(picture)["pixel_values"]
+            assert given.dtype == np.uint8
+            np.testing.assert_array_equal(_looked_up(side._levels, given), side.prepare(picture)["pixel_values"])
+        as_bytes = next(
+            side.stream([{"pixel_values": np.stack([side.preparer(one)["pixel_values"]])} for one in PICTURES])
+        )
+        np.testing.assert_array_equal(as_bytes, side.images([side.prepare(PICTURES[0])]))
