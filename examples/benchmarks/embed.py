@@ -176,6 +176,7 @@ def busy_share(events):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=20_000)
+    parser.add_argument("--pictures", type=int, default=20_000, help="how many of the items have one")
     parser.add_argument("--loop-items", type=int, default=1_500, help="of these, by the simple loop")
     parser.add_argument("--side", type=int, default=500, help="pixels, about")
     parser.add_argument("--device", default="auto")
@@ -208,15 +209,15 @@ def main():
 
     pictures = root / "pictures"
     pictures.mkdir()
-    spans = [range(first, min(args.items, first + 100)) for first in range(0, args.items, 100)]
+    spans = [range(first, min(args.pictures, first + 100)) for first in range(0, args.pictures, 100)]
     with ProcessPoolExecutor() as pool:
         list(pool.map(draw, [(pictures, span, args.side) for span in spans]))
-    paths = [pictures / f"{number}.jpg" for number in range(args.items)]
+    paths = [pictures / f"{number}.jpg" for number in range(min(args.items, args.pictures))]
     texts = sentences(args.items)
     model = root / "siglip"
     build(model, args.tiny)
     size = sum(path.stat().st_size for path in paths) / len(paths)
-    print(f"{args.items} pictures of {size / 1000:.0f} kB drawn after {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"{len(paths)} pictures of {size / 1000:.0f} kB drawn after {time.perf_counter() - began:.0f} s", flush=True)
 
     loop = simple_loop(str(model), paths[: args.loop_items], texts[: args.loop_items], device, 64)
     image_loop, image_rate, text_loop, text_rate = loop
@@ -229,9 +230,15 @@ def main():
         start = time.perf_counter()
         with gpu_load(gpu) as load:
             ids = [str(number) for number in range(items)]
-            encode_catalogue(target, ids, texts[:items], paths[:items], settings, args.device, watch)
+            images = [*paths[:items], *[None] * (items - len(paths))]
+            encode_catalogue(target, ids, texts[:items], images, settings, args.device, watch)
         seconds = time.perf_counter() - start
-        entry = {"run": f"mmm4rec, {precision}, {start_method}", "items": items, "seconds_in_all": seconds}
+        entry = {
+            "run": f"mmm4rec, {precision}, {start_method}",
+            "items": items,
+            "pictures": min(items, len(paths)),
+            "seconds_in_all": seconds,
+        }
         for what in ("images", "texts"):
             entry[f"{what}_per_s"], entry[f"{what}_per_s_after_first_batch"] = watch.rates(what)
         entry["images_over_loop"] = entry["images_per_s"] / image_rate

@@ -119,6 +119,7 @@ def preprocess(
     """Make the tables, fetch the pictures of the items that were kept, and encode texts and pictures."""
     from mmm4rec_cli.data.images import fetch_images, leave_images_out
     from mmm4rec_cli.data.preprocess import build_tables
+    from mmm4rec_cli.data.tables import command as command_line
     from mmm4rec_cli.device import resolve_device
     from mmm4rec_cli.features.encoders import model_sources
     from mmm4rec_cli.features.extract import extract_features, import_features
@@ -183,7 +184,17 @@ def preprocess(
         manifests.append(manifest | {"features": None if path is None else str(path)})
     document = manifests[0] if len(manifests) == 1 else {"domains": manifests}
     shown = [part for manifest in manifests for part in _shown(manifest)]
+    if share is not None:
+        words = [word for name in resolved for word in ("--mix" if name in (mix or []) else "--domain", name)]
+        words += [word for option, value in _named(encoder, text_model, image_model) for word in (option, value)]
+        return Result(document, *shown, next=command_line(workspace, "preprocess", *words, "--merge"))
     return Result(document, *shown, next=_next(workspace, list(resolved)))
+
+
+def _named(encoder: str | None, text_model: str | None, image_model: str | None) -> list[tuple[str, str]]:
+    """The options that choose the encoder, those that were given."""
+    options = (("--encoder", encoder), ("--text-model", text_model), ("--image-model", image_model))
+    return [(option, value) for option, value in options if value is not None]
 
 
 def _domains(workspace: "Workspace", domains: Sequence[str], mixes: Sequence[str]) -> list[str]:

@@ -97,7 +97,7 @@ class Encoder:
         """Texts or pictures a call: as set, else what fills the device without filling its memory."""
         if settings.batch_size != "auto":
             return settings.batch_size
-        return {"text": 1024, "image": 256}[side] if self.on_gpu else 32
+        return {"text": 512, "image": 256}[side] if self.on_gpu else 32
 
     @property
     def preparers(self) -> Preparers:
@@ -332,7 +332,12 @@ class _Loaded:
                 )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{source}: not a model that can be loaded ({reason})", hint="name another model") from None
+            hint = "name another model"
+            if (self.folder / "open_clip_config.json").is_file():
+                hint = (
+                    "it is laid out for open_clip: convert it once to a SiglipModel or CLIPModel, and name that folder"
+                )
+            raise DataError(f"{source}: not a model that can be loaded ({reason})", hint=hint) from None
         missing = {str(key) for key in report["missing_keys"]}
         self.has_pooler = not any("pooler" in key for key in missing)
         lacking = sorted(key for key in missing if "pooler" not in key)

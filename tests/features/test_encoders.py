@@ -54,6 +54,7 @@ SHORT = {
     "clip": ("clip", "clip"),
     "blip": ("blip", "blip"),
     "blip2": ("blip2", "blip2"),
+    "fashion-siglip": ("siglip", "siglip"),
     "siglip+roberta": ("roberta", "siglip"),
     "clip+bert": ("bert", "clip"),
 }
@@ -78,7 +79,7 @@ def test_a_short_name_loads_the_hubs_copy_on_the_disk(load, model, tmp_path, mon
 
 
 def test_every_short_name_is_tried():
-    assert {*PRESETS, *PAIRS} == {*SHORT, "fashion-siglip", "sketch"}
+    assert {*PRESETS, *PAIRS} == {*SHORT, "sketch"}
 
 
 def test_blip_vectors_are_those_of_its_own_contrastive_score(load, model):
@@ -329,6 +330,20 @@ def test_a_damaged_model_folder_is_a_data_error(load, model, tmp_path, damage):
     damage(folder)
     with pytest.raises(DataError, match="damaged"):
         load(text_model=model("bert"), image_model=str(folder))
+
+
+def test_a_model_whose_class_is_its_own_code_is_refused_with_the_way_out(load, model, tmp_path):
+    folder = tmp_path / "open"
+    shutil.copytree(model("siglip"), folder)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "marqo",
+        "auto_map": {"AutoModel": "m.M"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "open_clip_config.json").write_text("{}")
+    with pytest.raises(DataError, match="not a model that can be loaded") as caught:
+        load(encoder=str(folder))
+    assert "open_clip" in caught.value.hint
 
 
 def test_a_folder_without_a_tokenizer_is_a_data_error(load, model, tmp_path):
