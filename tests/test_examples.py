@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,16 @@ def test_quickstart_ends_with_a_metric(tmp_path, capsys):
     assert "NDCG@10 on test" in capsys.readouterr().out
     popular = result["yardsticks"]["popularity"]["test"]["NDCG@10"]
     assert result["metrics"]["test"]["NDCG@10"] > popular
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_encoding_gives_the_loops_vectors(tmp_path):
+    script, out = EXAMPLES / "benchmarks" / "embed.py", tmp_path / "out.jsonl"
+    sizes = ["--items", "80", "--pictures", "70", "--loop-items", "65", "--side", "60", "--tiny"]
+    words = [*sizes, "--device", "cpu", "--runs", "fp32:fork", "--out", str(out)]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loop, ours = (json.loads(line) for line in out.read_text().splitlines())
+    assert (loop["items"], ours["items"], ours["pictures"]) == (65, 80, 70)
+    assert ours["image_least_cosine_to_loop"] > 0.999999
+    assert ours["text_least_cosine_to_loop"] > 0.999999

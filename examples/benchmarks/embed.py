@@ -7,7 +7,6 @@ sentencepiece, pyarrow, Pillow and pydantic; no weights and no network. `--tiny`
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -139,11 +138,12 @@ def simple_loop(folder, paths, texts, device, size):
 
     def encode(items, prepare, call):
         vectors, start = [], 0.0
-        for number, batch in enumerate(itertools.batched(items, size) if hasattr(itertools, "batched") else
-                                       [items[i : i + size] for i in range(0, len(items), size)]):  # fmt: skip
+        for number in range(-(-len(items) // size)):
             if number == 1:  # the first batch warms up
                 start = time.perf_counter()
-            inputs = {key: value.to(device) for key, value in prepare(list(batch)).items()}
+            inputs = {
+                key: value.to(device) for key, value in prepare(items[number * size : (number + 1) * size]).items()
+            }
             with torch.no_grad():
                 output = call(**inputs)
             vectors.append(getattr(output, "pooler_output", output).cpu().numpy())

@@ -204,10 +204,11 @@ def encode_catalogue(
     old = _reusable(existing, before, identity, columns, settings)
     plans = {side: plan(side, old[side]) for side in _SIDES}
     if loaded is None:
-        # what is known already depends on who made the parts, which only they can say
-        if not all(_complete(one, folder) for one in plans.values()):
-            old = {side: set[bytes]() for side in _SIDES}
-            plans = {side: plan(side, set()) for side in _SIDES}
+        # what the shards took over depends on who encoded, which only their parts can say
+        for side in _SIDES:
+            if not _complete(plans[side], folder):
+                old[side] = set()
+                plans[side] = plan(side, set())
         identity, models = merged_identity(plans.values(), folder, command)
         checked = _reusable(existing, before, identity, columns, settings)
         if any(old[side] - checked[side] for side in _SIDES):

@@ -184,6 +184,24 @@ def test_another_image_model_leaves_the_texts_as_they_were(workspace, pair, mode
     assert pq.read_table(path)["text"] == texts
 
 
+def test_shards_take_over_what_did_not_change_and_the_merge_knows_it(
+    workspace, pair, shop, write_domain, model, reporter
+):
+    path = extract_features(workspace, "shop", FeatureSettings(**pair), "cpu")
+    grown = FeatureSettings(**pair | {"image_model": model("vit", seed=2)})
+    write_domain(shop | {"i99": ("another text", None)})
+    for index in (1, 2):
+        extract_features(workspace, "shop", grown, "cpu", reporter, shard=Shard(index, 2))
+    extract_features(workspace, "shop", grown, "cpu", reporter, merge=True)
+    assert any("taken over from the features before: 10 texts, 0 pictures" in text for text in reporter.notes)
+    sharded = rows(path)
+    path.unlink()
+    anew = rows(extract_features(workspace, "shop", grown, "cpu"))
+    for row, expected in zip(sharded, anew, strict=True):
+        np.testing.assert_allclose(row["text"], expected["text"], atol=2e-6)
+        assert row["image"] == expected["image"]
+
+
 @pytest.mark.usefixtures("shop")
 def test_vectors_stored_as_float16_are_not_taken_for_float32(workspace, pair, reporter):
     path = extract_features(workspace, "shop", FeatureSettings(**pair, dtype="float16"), "cpu")
