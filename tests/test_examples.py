@@ -60,3 +60,16 @@ def test_the_benchmark_of_the_tables_ends_with_equal_rows(tmp_path):
     words = [sys.executable, str(script), "--share", "0.001", "--folder", str(tmp_path / "mix")]
     done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path)
     assert "rows equal" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_encoding_gives_the_loops_vectors(tmp_path):
+    script, out = EXAMPLES / "benchmarks" / "embed.py", tmp_path / "out.jsonl"
+    sizes = ["--items", "80", "--pictures", "70", "--loop-items", "65", "--side", "60", "--tiny"]
+    words = [*sizes, "--device", "cpu", "--runs", "fp32:fork", "--out", str(out)]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loop, ours = (json.loads(line) for line in out.read_text().splitlines())
+    assert (loop["items"], ours["items"], ours["pictures"]) == (65, 80, 70)
+    assert ours["image_least_cosine_to_loop"] > 0.999999
+    assert ours["text_least_cosine_to_loop"] > 0.999999

@@ -81,11 +81,26 @@ class FeatureSettings(Section):
     image_model: OptionalText = Field(
         None, description="Hugging Face id or folder of the image model, else the encoder's"
     )
-    text_pooling: Literal["pooled", "mean"] = Field(
-        "pooled", description="for a text model of its own: its pooled output, or the mean over its tokens"
+    text_pooling: Literal["auto", "pooled", "mean", "cls"] = Field(
+        "auto",
+        description="for a text model of its own: its pooled output, the mean over its tokens, its first token, or "
+        "(auto) what a sentence-transformers model says of itself, else pooled where that was trained, else the mean",
     )
     max_text_length: int = Field(64, ge=4, description="tokens a text is cut or padded to")
-    batch_size: int = Field(64, ge=1, description="texts or images encoded at once")
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="texts or images encoded at once; auto suits the device, and both are halved when memory runs out",
+    )
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32", description="the encoder's arithmetic: IEEE float32, TF32 products on the GPU, or bfloat16"
+    )
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = Field(
+        "auto",
+        description="processes that decode, resize and tokenise; 0: threads alone; auto: one a core where many wait",
+    )
+    part_size: int = Field(
+        8192, ge=1, description="texts or images in one part file, from which an interrupted run goes on"
+    )
     dtype: Literal["float32", "float16"] = Field("float32", description="number format of the stored vectors")
     fallback: Literal["null", "published"] = Field(
         "null", description="an item without text or image: no vector, or the published stand-in (item id, white image)"
