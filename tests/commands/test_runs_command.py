@@ -1,6 +1,8 @@
 """`mmm4rec runs`."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -61,3 +63,14 @@ def test_one_domain_can_be_asked_for(workspace, capsys):
 def test_an_empty_workspace_is_no_error(tmp_path, capsys):
     assert main(["runs", "--workspace", str(tmp_path)]) == 0
     assert "no runs in" in capsys.readouterr().out
+
+
+def test_the_list_is_made_from_json_alone(workspace):
+    """Loading torch takes seconds, listing runs none."""
+    code = (
+        "import sys\nfrom mmm4rec_cli.app import main\n"
+        f"assert main(['runs', '--quiet', '--workspace', {str(workspace)!r}]) == 0\n"
+        "print(sorted({'torch', 'pyarrow', 'numpy', 'polars', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
