@@ -51,3 +51,14 @@ def test_quickstart_ends_with_a_metric(tmp_path, capsys):
     assert "NDCG@10 on test" in capsys.readouterr().out
     popular = result["yardsticks"]["popularity"]["test"]["NDCG@10"]
     assert result["metrics"]["test"]["NDCG@10"] > popular
+
+
+def test_the_benchmark_of_answers_measures_every_path(tmp_path, capsys):
+    sizes = ["--items", "300", "--users", "40", "--hidden", "32", "--batch", "16", "--seconds", "0.01"]
+    out = tmp_path / "serve.jsonl"
+    found = module(EXAMPLES / "benchmarks" / "serve.py").main([*sizes, "--device", "cpu", "--out", str(out)])
+    assert [json.loads(line) for line in out.read_text().splitlines()] == found
+    names = ["item table, once", "one history", "evaluate", "recommend", "argsort of all scores"]
+    assert [row["what"] for row in found] == names
+    assert all(row["users_per_second"] > 0 for row in found[2:])
+    assert capsys.readouterr().out.count("300 items") == len(names)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice, pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +23,15 @@ from mmm4rec_cli.device import precision, resolve_device
 from mmm4rec_cli.errors import DataError, RunError, UsageError
 from mmm4rec_cli.evaluation.evaluate_run import check_finished, run_dataset
 from mmm4rec_cli.evaluation.top_k import top_k
-from mmm4rec_cli.features.new_items import NewItems
 from mmm4rec_cli.features.store import ItemFeatures
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.runs import Run, load_model
 from mmm4rec_cli.settings.schema import Settings
 from mmm4rec_cli.workspace import Workspace
+
+if TYPE_CHECKING:  # it loads the encoders, which answering does not need
+    from mmm4rec_cli.features.new_items import NewItems
 
 SCHEMA = pa.schema(
     [
@@ -308,7 +310,7 @@ def load_recommender(
     run: Run,
     settings: Settings,
     *,
-    new_items: NewItems | None = None,
+    new_items: "NewItems | None" = None,
     candidates: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     reporter: Reporter | None = None,
@@ -366,7 +368,7 @@ def _titles(workspace: Workspace, dataset: Dataset) -> list[str | None]:
     return titles
 
 
-def with_new_items(dataset: Dataset, new: NewItems, missing: str) -> Dataset:
+def with_new_items(dataset: Dataset, new: "NewItems", missing: str) -> Dataset:
     """The data set with items behind its own, which keep their ids and their vectors.
 
     Args:
