@@ -76,6 +76,22 @@ class Run:
         return self._read("settings.json")
 
     @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`, one an epoch; none where nothing was trained yet (or in a run over seeds)."""
+        path = self.path / "metrics.jsonl"
+        try:
+            text = path.read_text(encoding="utf-8")
+            # Behind the last end of line an epoch may just be being written.
+            rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}", hint="train again, or choose another run") from None
+        if not all(isinstance(row, dict) and {"epoch", "loss"} <= row.keys() for row in rows):
+            raise RunError(f"{path} is damaged: epochs were expected", hint="train again, or choose another run")
+        return rows
+
+    @property
     def members(self) -> list["Run"]:
         """The run itself, or one run a seed."""
         seeds = sorted(self.path.glob("seed-*/run.json"), key=lambda p: int(p.parent.name.removeprefix("seed-")))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmm4rec_cli.commands.invocation import Invocation, Result, command
+from mmm4rec_cli.commands.invocation import Invocation, Result, command, curves_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -95,7 +95,8 @@ def evaluate(
         compare=None if compare is None else find_run(workspace, compare),
         reporter=reporter,
     )
-    return Result(document, *_shown(document))
+    following = workspace.command("report", "--run", found.short_id) if found.finished else None
+    return Result(document, *_shown(document), *curves_of(found), next=following)
 
 
 def _shown(document: dict[str, Any]) -> "list[RenderableType]":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mmm4rec_cli.commands.invocation import Invocation, Result, command
+from mmm4rec_cli.commands.invocation import Invocation, Result, command, curves_of
 
 
 @command("mmm4rec report", "mmm4rec report --run 51f9bc --run 68334f --out both.html")
@@ -36,5 +36,11 @@ def report(
     references: list[str | None] = [*run] if run else [None]
     found = [run_or_newest(workspace, reference) for reference in references]
     path = out or found[0].path / "report.html"
-    write_report(workspace, found, path, runtime, reporter=invocation.reporter)
-    return Result({"report": str(path), "runs": [one.id for one in found]}, f"report: {path}")
+    facts = write_report(workspace, found, path, runtime, reporter=invocation.reporter)
+    user = facts[0].cases[0].raw_user_id
+    return Result(
+        {"report": str(path), "runs": [one.id for one in found]},
+        *(text for one in found for text in (f"run {one.short_id}", *curves_of(one))),
+        f"report: {path}",
+        next=workspace.command("recommend", "--run", found[0].short_id, "--user", user),
+    )

@@ -3,7 +3,6 @@
 Letters: U users of the test split, V catalogue rows with padding row 0.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mean
@@ -178,9 +177,8 @@ def _metrics(result: Mapping[str, Any], settings: Settings) -> dict[str, dict[st
 
 
 def _curve(run: Run, metric: str) -> Curve:
+    rows = run.epochs
     try:
-        lines = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line]
         return Curve(
             seed=run.settings.runtime.seed,
             epochs=[row["epoch"] for row in rows],
@@ -188,8 +186,8 @@ def _curve(run: Run, metric: str) -> Curve:
             valid=[row["valid"][metric] for row in rows],
             best_epoch=int(run.result["best_epoch"]),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{run.path / 'metrics.jsonl'} cannot be read: {error}", hint="train again") from None
+    except KeyError as error:
+        raise RunError(f"{run.path / 'metrics.jsonl'} lacks {error}", hint="train again") from None
 
 
 def _mean_segments(seeds: list[Segments]) -> Segments:
