@@ -1,6 +1,7 @@
 """The blocks of MMM4Rec (paper section 4; published behaviour in every detail).
 
-Letters: B users, L = T places, D width, E = expand * D, H heads.
+Letters: B users, T places, S rows (places of the batch, see `places`), n streams of items, M streams of time, D width,
+E = expand * D, H heads. Two streams are image (first) and text (last).
 """
 
 import math
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import CausalConv, FourierFilter, TimeFactor
 from mmm4rec_cli.settings.schema import ModelSettings
 from mmm4rec_kernels import CrossProjections, ssd_block
@@ -41,11 +43,33 @@ class StateSpace(nn.Module):
             self.time = TimeFactor(heads, config.max_len, config.d_conv, config.time_dropout)
 
     def scan(
-        self, projected: Tensor | CrossProjections, conv_weight: Tensor, conv_bias: Tensor, stream_BHT: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """From the in-projections to the block's output [B, L, D], and the factor on the step sizes [B, H, T]."""
-        w_BHT: Tensor | None = None if self.time is None or stream_BHT is None else self.time(stream_BHT)
-        normed_BLE = ssd_block(
+        self,
+        projected: Tensor | CrossProjections,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        w_MBHT: Tensor | None,
+        places: Places,
+    ) -> Tensor:
+        """From the in-projections of n streams to the block's output [n, S, D].
+
+        Args:
+            projected: [n, S, ...], or three of one stream [1, S, ...].
+            conv_weight: of the columns x, B, C.
+            conv_bias: likewise.
+            w_MBHT: factor on the step sizes; one stream of it serves all.
+            places: where the rows lie.
+        """
+        streams = (projected.xBdt if isinstance(projected, CrossProjections) else projected).shape[0]
+        factor = None
+        if w_MBHT is not None:
+            factor_MSH = places.rows(w_MBHT.transpose(-1, -2))
+            factor = places.sequences(factor_MSH.expand(streams, -1, -1))
+        if isinstance(projected, CrossProjections):
+            projected = CrossProjections(*(places.sequences(part) for part in projected))
+        else:
+            projected = places.sequences(projected)
+        offsets = places.offsets_of(streams)
+        normed = ssd_block(
             projected,
             conv_weight,
             conv_bias,
@@ -55,11 +79,13 @@ class StateSpace(nn.Module):
             self.norm.weight,
             n_groups=self.n_groups,
             eps=self.eps,
-            time_factor_BLH=None if w_BHT is None else w_BHT.transpose(1, 2),
+            time_factor_BLH=factor,
             skip="dt_x",
+            cu_seqlens=offsets,
+            max_length=None if offsets is None else places.length,
         )
-        out_BLD: Tensor = self.out_proj(normed_BLE)
-        return out_BLD, w_BHT
+        out: Tensor = self.out_proj(normed)
+        return out.view(streams, -1, out.shape[-1])
 
 
 class SSD(StateSpace):
@@ -75,13 +101,14 @@ class SSD(StateSpace):
             self.time_norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
             self.time_dropout = nn.Dropout(config.time_dropout)
 
-    def forward(self, u_BLD: Tensor, stream_BHT: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The block's output [B, L, D] and the next time stream."""
-        out_BLD, w_BHT = self.scan(self.in_proj(u_BLD), self.conv.weight, self.conv.bias, stream_BHT)
-        if stream_BHT is None or w_BHT is None:
-            return out_BLD, None
-        gate = torch.sigmoid(self.time_gate(self.time_dropout(stream_BHT)))
-        return out_BLD, self.time_norm(gate * stream_BHT + (1 - gate) * w_BHT)
+    def forward(self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places) -> tuple[Tensor, Tensor | None]:
+        """The block's output [n, S, D] and the next time streams."""
+        w_MBHT = None if self.time is None or streams_MBHT is None else self.time(streams_MBHT)
+        out_nSD = self.scan(self.in_proj(u_nSD), self.conv.weight, self.conv.bias, w_MBHT, places)
+        if streams_MBHT is None or w_MBHT is None:
+            return out_nSD, None
+        gate = torch.sigmoid(self.time_gate(self.time_dropout(streams_MBHT)))
+        return out_nSD, self.time_norm(torch.lerp(w_MBHT, streams_MBHT, gate))
 
 
 class CrossSSD(StateSpace):
@@ -96,15 +123,15 @@ class CrossSSD(StateSpace):
         self.u_conv = CausalConv(inner + states, config.d_conv)
         self.q_conv = CausalConv(states, config.d_conv)
 
-    def forward(self, q_BLD: Tensor, u_BLD: Tensor, stream_BHT: Tensor | None) -> Tensor:
-        """The block's output [B, L, D]; its time stream ends here."""
+    def forward(self, q_SD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places) -> Tensor:
+        """The block's output [S, D]; its time stream ends here."""
         projected = CrossProjections(
-            xBdt=self.u_in_proj(u_BLD), z=self.z_in_proj(q_BLD + u_BLD), C=self.q_in_proj(q_BLD)
+            xBdt=self.u_in_proj(u_SD)[None], z=self.z_in_proj(q_SD + u_SD)[None], C=self.q_in_proj(q_SD)[None]
         )
         conv_weight = torch.cat([self.u_conv.weight, self.q_conv.weight])
         conv_bias = torch.cat([self.u_conv.bias, self.q_conv.bias])
-        out_BLD, _ = self.scan(projected, conv_weight, conv_bias, stream_BHT)
-        return out_BLD
+        w_1BHT = None if self.time is None or stream_BHT is None else self.time(stream_BHT[None])
+        return self.scan(projected, conv_weight, conv_bias, w_1BHT, places)[0]
 
 
 class FeedForward(nn.Module):
@@ -118,7 +145,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] in and out."""
+        """[S, D] in and out."""
         out: Tensor = self.norm(self.dropout(self.fc2(self.dropout(F.hardswish(self.fc1(x))))) + x)
         return out
 
@@ -144,17 +171,14 @@ class CrossModalLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, text_BLD: Tensor, image_BLD: Tensor, text_BHT: Tensor | None, image_BHT: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """New text, new image, new time stream of each (the streams unfiltered)."""
-        out, text_BHT = self.ssd(text_BLD, text_BHT)
-        text_BLD = self.text_ffn(self.text_norm(self.dropout(out) + text_BLD))
-
-        out, image_BHT = self.ssd(image_BLD, image_BHT)
-        query_BLD = self.image_norm(self.dropout(out) + image_BLD)
-        joint_BHT = None
-        if self.filter is not None and image_BHT is not None and text_BHT is not None:
-            joint_BHT = self.filter(image_BHT, text_BHT)
-        out = self.cross_ssd(query_BLD, text_BLD, joint_BHT)
-        image_BLD = self.image_ffn(self.cross_norm(self.dropout(out) + query_BLD + text_BLD))
-        return text_BLD, image_BLD, text_BHT, image_BHT
+        self, items_nSD: Tensor, streams_MBHT: Tensor | None, places: Places
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """New image [S, D], new text [S, D], new time streams (unfiltered)."""
+        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places)
+        image_SD, text_SD = self.dropout(out_nSD) + items_nSD
+        text_SD = self.text_ffn(self.text_norm(text_SD))
+        query_SD = self.image_norm(image_SD)
+        joint_BHT = None if self.filter is None or streams_MBHT is None else self.filter(streams_MBHT)
+        out_SD = self.cross_ssd(query_SD, text_SD, joint_BHT, places)
+        image_SD = self.image_ffn(self.cross_norm(self.dropout(out_SD) + query_SD + text_SD))
+        return image_SD, text_SD, streams_MBHT

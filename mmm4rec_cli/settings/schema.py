@@ -154,6 +154,9 @@ class Optimisation(Section):
     momentum_decay: float = Field(0.004, ge=0, description="NAdam's momentum decay")
     batch_size: int = Field(1024, ge=1, description="targets a micro-batch")
     accumulation: int = Field(8, ge=1, description="micro-batches an optimiser step")
+    prefixes: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        "all", description="targets of a user in an epoch: all, or a number that is drawn anew every epoch"
+    )
     mean_over_group: bool = Field(
         True, description="protocol: mean loss over the accumulation group (published: a sum of micro-batch means)"
     )
@@ -202,6 +205,10 @@ class RuntimeSettings(Section):
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
     precision: Literal["tf32", "fp32", "bf16"] = Field(
         "tf32", description="matrix products on the GPU: TF32 (as published), IEEE float32, bfloat16 autocast"
+    )
+    cuda_graphs: bool = Field(True, description="record training steps on the GPU once and replay them")
+    save_minutes: float = Field(
+        10.0, gt=0, description="minutes between two savings inside an epoch, from which a killed training goes on"
     )
 
 
