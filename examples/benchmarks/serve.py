@@ -10,6 +10,7 @@ users, then argsort. Peak memory is what a measurement took above what was there
 """
 
 import argparse
+import ctypes
 import json
 import platform
 import time
@@ -79,6 +80,7 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back first, or the call would find it there
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is held now
     before = _status("VmRSS")
     call()

@@ -106,8 +106,9 @@ def _shown(document: dict[str, Any]) -> "list[RenderableType]":
     first = f"{document['model']}, seen items hidden" if masked else document["model"]
     rows = {first: (document["metrics"], document.get("metrics_sd"))}
     if masked:
-        rows[f"{document['model']}, all items"] = (document["metrics_unmasked"], None)
-    rows |= {name: (values, None) for name, values in document["yardsticks"].items()}
+        rows[f"{document['model']}, all items"] = (document["metrics_unmasked"], document.get("metrics_unmasked_sd"))
+    hidden = ", seen items hidden" if masked else ""
+    rows |= {f"{name}{hidden}": (values, None) for name, values in document["yardsticks"].items()}
     shown: list[RenderableType] = [
         metric_table(f"{document['domain']}, {document['split']}; run {document['run']}", rows)
     ]

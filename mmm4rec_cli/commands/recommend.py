@@ -64,7 +64,7 @@ def recommend(
     new_items: Annotated[
         Path | None,
         typer.Option(
-            help="items never trained on (item_id, title or text, image): ranked with the known ones, item bias zero",
+            help="items never trained on (item_id, title or text, image): ranked with the known ones",
             metavar="FILE",
             show_default="none",
         ),

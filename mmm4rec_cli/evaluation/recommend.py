@@ -322,7 +322,7 @@ def load_recommender(
         run: a finished run.
         settings: the run's, with `evaluate` and `runtime` of the invocation.
         new_items: items never trained on (`mmm4rec_cli.features.new_items`): they are ranked with the known ones,
-            their item bias is zero.
+            their item bias is what `evaluate.new_item_bias` says.
         candidates: raw ids that may be recommended, default all.
         exclude: raw ids that may not.
         reporter: told what changed since the run.
@@ -341,18 +341,19 @@ def load_recommender(
         titles += new_items.titles
         reporter.note(f"{len(dataset.raw_item_ids) - known:,} new items are ranked with the {known:,} known ones")
         if settings.model.item_bias:
-            reporter.note("new items have no trained item bias: theirs is zero, which may place them lower")
+            theirs = {"zero": "zero", "mean": "the mean of the trained ones"}[settings.evaluate.new_item_bias]
+            reporter.note(f"new items have no trained item bias: theirs is {theirs} (evaluate.new_item_bias)")
     chosen = _chosen(dataset, candidates, exclude, reporter)
     device = resolve_device(settings.runtime.device)
     member = run.members[0]
     if len(run.members) > 1:
         reporter.note(f"run {run.id} has {len(run.members)} seeds: {member.id} answers")
-    model, moved = load_model(member, dataset, device)
+    model, moved = load_model(member, dataset, device, settings.evaluate.new_item_bias)
     new = moved.new - (0 if new_items is None else len(new_items.raw_ids))
     if new or moved.gone:
         reporter.note(
             f"the catalogue has changed since run {member.id}: {moved.kept:,} items kept, {new:,} new "
-            f"(item bias zero), {moved.gone:,} gone"
+            f"(item bias {settings.evaluate.new_item_bias}), {moved.gone:,} gone"
         )
     try:
         return Recommender(model, dataset, titles, settings, device, chosen)

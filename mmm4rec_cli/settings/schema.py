@@ -196,6 +196,9 @@ class EvaluateSettings(Section):
         "half", description="a candidate with the target's score counts as half above, below, or above it"
     )
     batch_size: int = Field(1024, ge=1, description="users encoded at once")
+    new_item_bias: Literal["zero", "mean"] = Field(
+        "zero", description="item bias of items that training never saw: zero, or the mean of the trained ones"
+    )
 
 
 class RuntimeSettings(Section):

@@ -166,6 +166,19 @@ def test_new_items_are_ranked_beside_the_known_whose_scores_stay(workspace, trai
         load_recommender(workspace, run, settings, new_items=new_items(known.dataset, ["n"], [1], "f" * 64))
 
 
+def test_new_items_take_the_mean_of_the_trained_biases_where_asked_for(workspace, trained):
+    run, settings = trained()
+    evaluate = settings.evaluate.model_copy(update={"new_item_bias": "mean"})
+    known = load_recommender(workspace, run, settings)
+    new = new_items(known.dataset, ["n1"], [3])
+    both = load_recommender(workspace, run, settings.model_copy(update={"evaluate": evaluate}), new_items=new)
+    for side in ("text", "image"):
+        biases, own = (getattr(one.model, side).item_bias for one in (known, both))
+        assert torch.equal(own[:-1], biases)
+        assert torch.allclose(own[-1], biases[1:].mean(0))
+        assert own[-1].abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
