@@ -66,14 +66,12 @@ def evaluate(
     """Rank the whole catalogue for every user and measure where the target stands."""
     from mmm4rec_cli.errors import UsageError
     from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
-    from mmm4rec_cli.evaluation.segments import SEGMENTS
+    from mmm4rec_cli.evaluation.segments import kinds_of
     from mmm4rec_cli.runs import find_run, run_or_newest
     from mmm4rec_cli.settings import for_run
 
     workspace, reporter = invocation.workspace, invocation.reporter
-    kinds = list(dict.fromkeys(part.strip() for part in (by or "").split(",") if part.strip()))
-    if unknown := [kind for kind in kinds if kind not in SEGMENTS]:
-        raise UsageError(f"--by: unknown segments {', '.join(unknown)}", hint=f"choose of {','.join(SEGMENTS)}")
+    kinds = kinds_of(by or "")
     options = {"evaluate.k": k, "runtime.device": device}
     if run is not None and Path(run).is_file():
         found, settings = _adopted(invocation, Path(run), domain, options)

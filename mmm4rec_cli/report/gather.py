@@ -22,7 +22,7 @@ from mmm4rec_cli.evaluation.evaluate import RankedSplit, Ranking, rank_split
 from mmm4rec_cli.evaluation.evaluate_run import later_share, run_dataset
 from mmm4rec_cli.evaluation.rank_files import SCHEMA
 from mmm4rec_cli.evaluation.segments import SEGMENTS, segment_metrics
-from mmm4rec_cli.published import published_result
+from mmm4rec_cli.published import PublishedResult, published_result
 from mmm4rec_cli.report.gallery import Case, cases
 from mmm4rec_cli.report.weighing import Weighing, weigh
 from mmm4rec_cli.reporter import Reporter
@@ -56,6 +56,8 @@ class Facts:
     metric: str
     metrics: dict[str, dict[str, float]]
     """By column (valid, test, popularity, repeat last, published), then by metric."""
+    published: PublishedResult | None
+    """The published run whose figures stand beside ours, if there is one."""
     spread: dict[str, dict[str, float]]
     """Standard deviation over seeds of the valid and test columns; empty with one seed."""
     curves: list[Curve]
@@ -120,6 +122,7 @@ def gather(workspace: Workspace, run: Run, runtime: RuntimeSettings, reporter: R
         result=result,
         metric=settings.finetune.metric,
         metrics=_metrics(result, settings),
+        published=_published(result, settings),
         spread=result.get("metrics_sd", {}),
         curves=[_curve(member, settings.finetune.metric) for member in run.members],
         segments=_mean_segments(
@@ -170,10 +173,17 @@ def _metrics(result: Mapping[str, Any], settings: Settings) -> dict[str, dict[st
     found = {"valid": result["metrics"]["valid"], "test": result["metrics"]["test"]}
     for name, values in result.get("yardsticks", {}).items():
         found[name] = values["test"]
-    published = published_result(result["domain"], item_bias=settings.model.item_bias)
-    if published is not None and settings.data.split == "leave_one_out":
+    published = _published(result, settings)
+    if published is not None:
         found["published"] = published.test
     return found
+
+
+def _published(result: Mapping[str, Any], settings: Settings) -> PublishedResult | None:
+    """The published run that ours can be held against: same domain, item bias and split."""
+    if settings.data.split != "leave_one_out":
+        return None
+    return published_result(result["domain"], item_bias=settings.model.item_bias)
 
 
 def _curve(run: Run, metric: str) -> Curve:
