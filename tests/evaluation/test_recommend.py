@@ -1,5 +1,7 @@
 """Recommendations against the ranks of an evaluation and a plain sort."""
 
+import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -203,6 +205,45 @@ def test_no_places_and_a_removed_domain_are_refused(workspace, trained):
         file.unlink()
     with pytest.raises(RunError, match="no longer there"):
         load_recommender(workspace, run, settings)
+
+
+def test_vectors_of_another_encoder_and_an_unfinished_run_are_refused(workspace, trained, make_domain):
+    run, settings = trained()
+    make_domain(widths=(6, 4))
+    with pytest.raises(RunError, match="vectors of another encoder"):
+        load_recommender(workspace, run, settings)
+    (run.path / "result.json").unlink()
+    with pytest.raises(RunError, match="not finished"):
+        load_recommender(workspace, run, settings)
+
+
+def test_more_users_take_no_more_memory(workspace, trained, tmp_path):
+    """Ten times the users, streamed from file to file: the most that is held at once stays the same."""
+    run, settings = trained()
+    small = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"batch_size": 50})})
+    recommender = load_recommender(workspace, run, small)
+
+    def stream(users):
+        with (tmp_path / "users.csv").open("w") as asked:
+            asked.write("user,history\n")
+            asked.writelines(f'n{i},"i{i % 25:03d},i{(i + 7) % 25:03d}"\n' for i in range(users))
+        with recommendation_file(tmp_path / "out.parquet") as write:
+            for block in recommender.recommend(read_asked(tmp_path / "users.csv"), 3):
+                write(recommender.table(block))
+        assert pq.read_metadata(tmp_path / "out.parquet").num_rows == 3 * users
+
+    stream(200)  # what is loaded or cached once
+    peaks = []
+    for users in (500, 5000):
+        pa.default_memory_pool().release_unused()
+        tracemalloc.start()
+        before = pa.total_allocated_bytes()
+        stream(users)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert pa.total_allocated_bytes() - before < 100_000
+    held_by_all = 5000 * 3 * 100  # the least that answers kept in Python would take
+    assert peaks[1] < peaks[0] + held_by_all / 4
 
 
 def test_moments_are_seconds_or_iso_dates():
