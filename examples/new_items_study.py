@@ -2,7 +2,8 @@
 
     python examples/new_items_study.py WORKSPACE DOMAIN [--seeds 1,2] [--set finetune.lr=2e-3 …]
 
-Every user's last event is the target; it may be a hidden item. For each way of handling item biases the table holds
+Every user's last event is the target; it may be a hidden item. With and without item bias, as scored and calibrated
+(`evaluate.new_items = "fair_share"`), the table holds
 the share of hidden items in the recommended top ten (seen items left out), to be held against their share of the
 targets: a smaller share means that new items are starved. Training never reads hidden items, their events or vectors.
 """
@@ -135,11 +136,11 @@ def main(words: list[str] | None = None) -> list[Row]:
                 runtime = settings.runtime.model_copy(update={"seed": seed})
                 trained = settings.model_copy(update={"model": model, "runtime": runtime})
                 run = finetune(workspace, full.name, trained, pretrained="none")["run"]
-                for new in ("zero", "mean") if bias else ("zero",):
-                    evaluate = trained.evaluate.model_copy(update={"new_item_bias": new})
+                for new in ("as_scored", "fair_share"):
+                    evaluate = trained.evaluate.model_copy(update={"new_items": new})
                     asked = trained.model_copy(update={"evaluate": evaluate})
-                    label = f"{name}, new items' {new}" if bias else name
-                    found.setdefault(label, []).append(measure(workspace, run, full, hidden, asked))
+                    row = measure(workspace, run, full, hidden, asked)
+                    found.setdefault(f"{name}, {new.replace('_', ' ')}", []).append(row)
     means = [
         {"model": label, **{name: mean(float(row[name]) for row in rows) for name in rows[0]}}
         for label, rows in found.items()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mmm4rec_cli.data import columns
 from mmm4rec_cli.errors import RunError
@@ -241,20 +241,15 @@ PER_ITEM = ("text.item_bias", "image.item_bias")
 
 
 def follow_raw_ids(
-    weights: "dict[str, Tensor]",
-    old_ids: list[str],
-    new_ids: list[str],
-    per_item: tuple[str, ...],
-    new_rows: Literal["zero", "mean"] = "zero",
+    weights: "dict[str, Tensor]", old_ids: list[str], new_ids: list[str], per_item: tuple[str, ...]
 ) -> "tuple[dict[str, Tensor], Moved]":
-    """Move per-item rows to where their raw ids are now; the padding row stays.
+    """Move per-item rows to where their raw ids are now; rows of new items are zero, the padding row stays.
 
     Args:
         weights: a state dict.
         old_ids: raw item ids of the run.
         new_ids: raw item ids of the present tables.
         per_item: names of the tensors with one row an item.
-        new_rows: what rows of new items hold: zeros, or the mean of the run's own rows.
     """
     import torch
 
@@ -265,22 +260,14 @@ def follow_raw_ids(
     for name in per_item:
         if name in weights:
             rows = weights[name][source.clamp(min=0)]
-            rows[~known] = 0 if new_rows == "zero" else weights[name][1:].mean(0)
+            rows[~known] = 0
             moved[name] = rows
     kept = int(known.sum()) - 1
     return moved, Moved(kept=kept, new=len(new_ids) - kept, gone=len(old_ids) - kept)
 
 
-def load_model(
-    run: Run, dataset: "Dataset", device: "torch.device", new_item_bias: Literal["zero", "mean"] = "zero"
-) -> "tuple[SequenceModel, Moved]":
+def load_model(run: Run, dataset: "Dataset", device: "torch.device") -> "tuple[SequenceModel, Moved]":
     """Build the run's model on the present tables and load its best weights.
-
-    Args:
-        run: whose.
-        dataset: the present tables; items that the run never saw get the item bias `new_item_bias`.
-        device: where to.
-        new_item_bias: see `follow_raw_ids`.
 
     Raises:
         RunError: the run is damaged or of another encoder or width.
@@ -298,7 +285,7 @@ def load_model(
     model = build_model(about["model"], settings.model, features)
     old_ids = read_catalogue(run.path / "catalogue.parquet")
     per_item = (*PER_ITEM, *(["fusion_weight"] if settings.model.fusion == "instance" else []))
-    weights, moved = follow_raw_ids(read_weights(run.weights), old_ids, dataset.raw_item_ids, per_item, new_item_bias)
+    weights, moved = follow_raw_ids(read_weights(run.weights), old_ids, dataset.raw_item_ids, per_item)
     load_weights(model, weights, run.weights)
     return model.to(device), moved
 

@@ -62,9 +62,7 @@ def test_the_study_of_new_items_measures_every_way(workspace, make_domain, small
     before = sorted(workspace.root.rglob("*"))
     found = module(EXAMPLES / "new_items_study.py").main([str(workspace.root), "ring", *words])
     assert [row["model"] for row in found] == [
-        "without item bias",
-        "with item bias, new items' zero",
-        "with item bias, new items' mean",
+        f"{bias} item bias, {how}" for bias in ("without", "with") for how in ("as scored", "fair share")
     ]
     for row in found:
         assert row["hidden items"] == 0.2

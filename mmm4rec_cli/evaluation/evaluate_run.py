@@ -211,11 +211,11 @@ def _rank_members(
     )
     ranked = []
     for member in run.members:
-        model, moved = load_model(member, dataset, device, settings.evaluate.new_item_bias)
+        model, moved = load_model(member, dataset, device)
         if moved.new or moved.gone:
             reporter.note(
                 f"the catalogue has changed since run {member.id}: {moved.kept:,} items kept, {moved.new:,} new "
-                f"(item bias {settings.evaluate.new_item_bias}), {moved.gone:,} gone"
+                f"(item bias zero), {moved.gone:,} gone"
             )
         plain = rank_split(model, sequences, targets, split, max_len, ranking, reporter=reporter)
         masked = None

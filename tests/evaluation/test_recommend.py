@@ -15,6 +15,7 @@ from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
 from mmm4rec_cli.evaluation.recommend import Asked, load_recommender, parse_moment
 from mmm4rec_cli.evaluation.recommend_files import read_asked, read_ids, recommendation_file
 from mmm4rec_cli.features.new_items import NewItems
+from mmm4rec_cli.reporter import SilentReporter
 from mmm4rec_cli.runs import newest_run
 from mmm4rec_cli.training.finetune import finetune
 
@@ -135,6 +136,14 @@ def test_neighbours_are_the_highest_cosines(recommender):
         recommender.similar("i04")
 
 
+class Notes(SilentReporter):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
 def new_items(dataset, raw_ids, like, fingerprint=None, image=True):
     present = np.ones(len(like), np.bool_)
     return NewItems(
@@ -168,17 +177,30 @@ def test_new_items_are_ranked_beside_the_known_whose_scores_stay(workspace, trai
         load_recommender(workspace, run, settings, new_items=new_items(known.dataset, ["n"], [1], "f" * 64))
 
 
-def test_new_items_take_the_mean_of_the_trained_biases_where_asked_for(workspace, trained):
+def test_starved_new_items_get_their_share_where_asked_for(workspace, trained):
     run, settings = trained()
-    evaluate = settings.evaluate.model_copy(update={"new_item_bias": "mean"})
-    known = load_recommender(workspace, run, settings)
-    new = new_items(known.dataset, ["n1"], [3])
-    both = load_recommender(workspace, run, settings.model_copy(update={"evaluate": evaluate}), new_items=new)
-    for side in ("text", "image"):
-        biases, own = (getattr(one.model, side).item_bias for one in (known, both))
-        assert torch.equal(own[:-1], biases)
-        assert torch.allclose(own[-1], biases[1:].mean(0))
-        assert own[-1].abs().max() > 0
+    dataset = load_recommender(workspace, run, settings).dataset
+    n, new = dataset.n_items, new_items(dataset, [f"n{i}" for i in range(8)], list(range(1, 9)))
+    recommender = load_recommender(workspace, run, settings, new_items=new)
+    recommender._candidate_VD = recommender._candidate_VD.clone()
+    recommender._candidate_VD[n:] = 0  # every new item scores 0, below what most known ones get
+    asked = [Asked(raw) for raw in recommender.dataset.raw_user_ids]
+    (plain,) = recommender.recommend(asked, 10, before="valid")
+    offset = recommender.raise_new(n + 1)
+    (raised,) = recommender.recommend(asked, 10, before="valid")
+    assert (plain.item > n).mean() < 8 / 33 - 0.02
+    assert (raised.item > n).mean() == pytest.approx(8 / 33, abs=0.005)
+    assert offset > 0
+    assert np.allclose(raised.score[raised.item > n], offset)
+    for before, after in zip(plain.item.tolist(), raised.item.tolist(), strict=True):
+        kept = [item for item in after if item <= n]
+        assert kept == [item for item in before if item <= n][: len(kept)]
+    recommender._candidate_VD[n:] = recommender._candidate_VD[:8] * 3  # beloved: nothing is to be raised
+    assert recommender.raise_new(n + 1) == 0
+    fair = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"new_items": "fair_share"})})
+    said = Notes()
+    load_recommender(workspace, run, fair, new_items=new, reporter=said)
+    assert any("fair_share: the scores of new items are raised by" in note for note in said.notes)
 
 
 @pytest.mark.parametrize(
