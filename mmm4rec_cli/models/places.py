@@ -27,7 +27,7 @@ class Places:
     @classmethod
     def padded(cls, lengths_B: Tensor, length: int) -> "Places":
         """All T places of every user, padding included: S = B T."""
-        users = len(lengths_B)
+        users = lengths_B.shape[0]  # len() would be a constant in an exported program
         first_B = torch.arange(users, device=lengths_B.device) * length
         return cls(users, length, first_B + lengths_B - 1)
 

@@ -211,6 +211,11 @@ class EvaluateSettings(Section):
         "half", description="a candidate with the target's score counts as half above, below, or above it"
     )
     batch_size: int = Field(1024, ge=1, description="users encoded at once")
+    new_items: Literal["as_scored", "fair_share"] = Field(
+        "as_scored",
+        description="recommend --new-items: ranked as scored, or all raised by one number, fitted on validation "
+        "histories, so that their share of the top ten is at least their share of the catalogue",
+    )
 
 
 class RuntimeSettings(Section):
