@@ -49,7 +49,10 @@ from mmm4rec_cli.workspace import Workspace
 RULES = 1
 """Version of the rules in this package: raised when the same sources and settings would give other tables."""
 
-_IRRELEVANT = {"split", "image_timeout", "image_workers"}
+_IRRELEVANT = {
+    *("split", "image_timeout", "image_workers", "image_per_host", "mirrors"),
+    *(name for name in DataSettings.model_fields if name.startswith("download_")),
+}
 _ROLES = ("interactions", "items")
 
 Counts = dict[str, dict[str, int]]
