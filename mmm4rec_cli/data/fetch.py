@@ -346,11 +346,12 @@ class Fetcher:
             raise Refused(said(error)) from error
 
     async def _brought(self, url: str, part: Part, wanted: Wanted) -> bool:
-        """One request; True if the file is whole, False if it got on and there is more to come."""
+        """One attempt; True if the file is whole, False if it broke off and yet got on."""
         version = part.version(url)
         before = part.size
         try:
-            whole = await self._request(url, part, wanted, version)
+            while not await self._request(url, part, wanted, version):
+                version = part.version(url)
         except (Stumbled, httpx.TransportError) as error:
             gained = part.size - before if part.version(url) is not None else 0
             enough = max(1, min(2**20, (part.promised or 0) // 100))
@@ -358,15 +359,14 @@ class Fetcher:
                 await pause(random.uniform(0, self._settings.download_wait))  # noqa: S311
                 return False
             raise
-        if whole:
-            wrong = await self._sound(part, wanted)
-            if wrong is not None:
-                self._advance(-part.size)
-                part.discard()
-                raise Stumbled(wrong)
-        return whole
+        wrong = await self._sound(part, wanted)
+        if wrong is not None:
+            self._discard(part)
+            raise Stumbled(wrong)
+        return True
 
     async def _request(self, url: str, part: Part, wanted: Wanted, version: str | None) -> bool:
+        """One request; True if the file is whole, False if all came that was promised and there may be more."""
         have = part.size
         headers = {"Range": f"bytes={have}-", "If-Range": version} if version and have else {}
         async with self._client.stream("GET", url, headers=headers) as answer:
