@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from mmm4rec_cli import __version__
-from mmm4rec_cli.data import domains
+from mmm4rec_cli.data import amazon_2023, domains
 from mmm4rec_cli.data.columns import (
     IMAGE,
     IMAGE_URL,
@@ -213,6 +213,9 @@ def _sources(workspace: Workspace, domain: str, log: Path | None, items: Path | 
 
 def _raw(workspace: Workspace, domain: str) -> _Source:
     folder, category = workspace.raw(domain), domains.category(domain)
+    newer = amazon_2023.files(folder, domain)
+    if newer is not None and not (folder / f"{category}.csv").is_file():
+        return _Source(domain, *newer, own=False)
     packed, plain = folder / f"meta_{category}.json.gz", folder / f"meta_{category}.json"
     metadata = plain if plain.is_file() and not packed.is_file() else packed
     return _Source(domain, folder / f"{category}.csv", metadata, own=False)
@@ -254,6 +257,10 @@ def _filtered(
         log, notes = read_own_interactions(source.interactions, settings.columns, settings.timestamp_unit)
         for note in notes:
             reporter.note(note)
+    elif source.interactions.name.endswith(".csv.gz"):
+        reporter.note(amazon_2023.NOTE)
+        hint = command(workspace, "download", "--domain", source.domain, "--source", "amazon-2023")
+        log = amazon_2023.read_ratings(source.interactions, hint)
     else:
         log = read_ratings(source.interactions, command(workspace, "download", "--domain", source.domain))
     counts = {"read": log.counts()}
@@ -267,6 +274,9 @@ def _filtered(
     wanted = rated if everything else k_core(log, settings.min_user, settings.min_item)[0].item_names()
     if own_items is not None:
         metadata = metadata_of_own(own_items, rated, wanted)
+    elif source.items.name.endswith(".jsonl.gz"):
+        hint = command(workspace, "download", "--domain", source.domain, "--source", "amazon-2023")
+        metadata = amazon_2023.read_metadata(source.items, rated, wanted, hint)
     else:
         hint = command(workspace, "download", "--domain", source.domain)
         metadata = read_metadata(source.items, rated, wanted, hint)
