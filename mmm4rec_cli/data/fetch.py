@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
 
 from mmm4rec_cli.errors import DataError
 from mmm4rec_cli.files import sha256, write_json
@@ -143,7 +150,7 @@ def worth_another_attempt(error: BaseException) -> bool:
 
 def patience(attempts: int, first_wait: float) -> AsyncRetrying:
     """Attempts with growing, jittered waits between them, or as long as the server asks for."""
-    backing_off = wait_exponential_jitter(initial=first_wait, max=LONGEST_WAIT, jitter=first_wait)
+    backing_off = wait_exponential(multiplier=first_wait, max=LONGEST_WAIT) + wait_random(0, first_wait)
 
     def wait(state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None
