@@ -39,6 +39,11 @@ class Workspace:
         return self.root / "data" / "weights"
 
     @property
+    def published(self) -> Path:
+        """Downloaded archives of published processed data, and what they were unpacked into."""
+        return self.root / "data" / "published"
+
+    @property
     def runs(self) -> Path:
         """`<command>/<domain>/<run id>/` below it."""
         return self.root / "runs"

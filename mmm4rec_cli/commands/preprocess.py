@@ -90,6 +90,15 @@ def preprocess(
             help="your own vectors, parquet or jsonl: item_id, text, image", metavar="FILE", show_default="an encoder's"
         ),
     ] = None,
+    processed: Annotated[
+        Path | None,
+        typer.Option(
+            "--import-processed",
+            help="folder in the published layout: *_seq.jsonl, item2id.jsonl, user2id.jsonl, *_feat.pth",
+            metavar="DIR",
+            show_default="the domain's raw files",
+        ),
+    ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
@@ -173,6 +182,13 @@ def preprocess(
             "own files belong to one domain, and none or several are named",
             hint="name it with --domain NAME: letters, digits, - and _",
         )
+    if processed is not None:
+        if len(names) != 1 or any(one is not None for one in (interactions, items, features)):
+            raise UsageError(
+                "--import-processed takes one domain and no other files",
+                hint="name it with --domain NAME or --mix NAME",
+            )
+        return _imported(invocation, names[0], processed, encoder)
     options = {
         "features.encoder": encoder,
         "features.text_model": text_model,
@@ -227,6 +243,20 @@ def _named(encoder: str | None, text_model: str | None, image_model: str | None)
     """The options that choose the encoder, those that were given."""
     options = (("--encoder", encoder), ("--text-model", text_model), ("--image-model", image_model))
     return [(option, value) for option, value in options if value is not None]
+
+
+def _imported(invocation: Invocation, name: str, folder: Path, encoder: str | None) -> Result:
+    """Take a folder in the published layout."""
+    from mmm4rec_cli.data.import_processed import import_processed
+    from mmm4rec_cli.features.store import encoder_name
+
+    workspace = invocation.workspace
+    settings = invocation.settings(domain=name, options={"features.encoder": encoder})
+    file = encoder_name(settings.features)
+    manifest = import_processed(workspace, name, folder, file, invocation.reporter)
+    path = workspace.features(name, file)
+    manifest |= {"features": str(path) if path.is_file() else None}
+    return Result(manifest, *_shown(manifest), next=_next(workspace, [name]))
 
 
 def _domains(workspace: "Workspace", domains: Sequence[str], mixes: Sequence[str]) -> list[str]:

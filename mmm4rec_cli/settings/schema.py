@@ -25,6 +25,7 @@ def _none_if_empty(value: Any) -> Any:
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 OptionalText = Annotated[str | None, BeforeValidator(_none_if_empty)]
+Addresses = Annotated[tuple[Annotated[str, Field(pattern=r"^https?://")], ...], BeforeValidator(_split)]
 Cutoffs = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split), Field(min_length=1)]
 
 
@@ -65,7 +66,20 @@ class DataSettings(Section):
         "auto", description="unit of a user's own time stamps: seconds, milliseconds, ISO 8601, or found out and said"
     )
     image_timeout: float = Field(20.0, gt=0, description="seconds to wait for one picture")
-    image_workers: int = Field(8, ge=1, le=64, description="pictures fetched at the same time")
+    image_workers: int = Field(32, ge=1, le=256, description="pictures fetched at the same time")
+    image_per_host: int = Field(8, ge=1, le=256, description="pictures fetched at the same time from one host")
+    mirrors: Addresses = Field((), description="addresses of mirrors, tried in this order before the known ones")
+    download_workers: int = Field(4, ge=1, le=64, description="files fetched at the same time")
+    download_attempts: int = Field(
+        6, ge=1, description="attempts in a row that bring nothing new until an address is given up"
+    )
+    download_wait: float = Field(
+        1.0, ge=0, description="seconds before the second attempt; doubled from attempt to attempt, up to a minute"
+    )
+    download_timeout: float = Field(60.0, gt=0, description="seconds without a byte until a connection is given up")
+    download_rate: int = Field(
+        1000, ge=0, description="bytes a second that must come on the average of download_timeout seconds"
+    )
     columns: Columns = Field(default_factory=Columns, description="names of the columns in a user's own tables")
 
 
