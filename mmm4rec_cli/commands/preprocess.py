@@ -183,12 +183,12 @@ def preprocess(
             hint="name it with --domain NAME: letters, digits, - and _",
         )
     if processed is not None:
-        if len(names) != 1 or any(one is not None for one in (interactions, items, features)):
+        if len(wanted) != 1 or any(one is not None for one in (interactions, items, features)):
             raise UsageError(
                 "--import-processed takes one domain and no other files",
                 hint="name it with --domain NAME or --mix NAME",
             )
-        return _imported(invocation, names[0], processed, encoder)
+        return _imported(invocation, wanted[0], processed, encoder)
     options = {
         "features.encoder": encoder,
         "features.text_model": text_model,
