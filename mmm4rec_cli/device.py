@@ -1,5 +1,6 @@
 """The device and the number format that a command computes with."""
 
+import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ def resolve_device(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun starts one process a GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -44,4 +47,5 @@ def precision(name: str, device: "torch.device") -> AbstractContextManager[objec
     import torch
 
     torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16")
+    # No cache of cast weights: it would be filled while a CUDA graph is recorded and read after.
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16", cache_enabled=False)

@@ -20,6 +20,7 @@ FLOORS = {
     "settings": 1,
     "workspace": 1,
     "device": 1,
+    "world": 1,
     "data": 2,
     "features": 2,
     "sample_shop": 2,

@@ -4,7 +4,7 @@ No prefix is ever written out: a training example is the flat position of its ta
 U users, B windows in the batch, T places (max_len).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,23 @@ class Windows:
     """Unix seconds, int64."""
     target_B: Tensor
     """Item ids, int64."""
+    rows: int | None = None
+    """A bound on the sum of the lengths that a model may compute with instead of B T; None: it is not known."""
+    candidate_C: Tensor | None = None
+    """Item ids that the in-batch loss chooses from, int64; None: the windows' own targets."""
+    own: int = 0
+    """Where the own targets stand among the candidates."""
+
+    def to(self, device: torch.device) -> "Windows":
+        """The same on another device."""
+        names = ("items_BT", "lengths_B", "timestamps_BT", "target_B", "candidate_C")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None}
+        return replace(self, **moved)
+
+    def among(self, candidate_C: Tensor, own: int) -> "Windows":
+        """The same as a part of a larger batch, whose targets are the candidates."""
+        return replace(self, candidate_C=candidate_C, own=own)
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,11 @@ class Sequences:
         """The user of each flat position, int64."""
         return torch.searchsorted(self.offsets_U1, positions, right=True) - 1
 
-    def windows(self, targets_B: Tensor, max_len: int, *, with_target_time: bool) -> Windows:
+    def lengths(self, targets: Tensor, max_len: int) -> Tensor:
+        """Real places of the windows before the targets, int64, 1 to `max_len`."""
+        return (targets - self.first_N[targets]).clamp(max=max_len)
+
+    def windows(self, targets_B: Tensor, max_len: int, *, with_target_time: bool, rows: int | None = None) -> Windows:
         """The up to `max_len` interactions before each target, left-aligned.
 
         Args:
@@ -101,6 +122,7 @@ class Sequences:
             max_len: T.
             with_target_time: published behaviour Q2: when history and target together have at most T elements, the
                 target's own stamp stands in the first padded place. Otherwise stamps stand at real places only.
+            rows: see `Windows.rows`.
         """
         first_B = self.first_N[targets_B]
         start_B = torch.maximum(first_B, targets_B - max_len)
@@ -118,6 +140,7 @@ class Sequences:
             lengths_B=lengths_B,
             timestamps_BT=torch.where(stamped_BT, self.times_N[flat_BT], 0),
             target_B=self.items_N[targets_B].long(),
+            rows=rows,
         )
 
     def all_targets(self) -> Tensor:

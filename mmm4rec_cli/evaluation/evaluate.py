@@ -11,6 +11,7 @@ from mmm4rec_cli.device import precision
 from mmm4rec_cli.evaluation.ranks import Ties, target_ranks
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.reporter import Reporter, SilentReporter
+from mmm4rec_cli.world import World
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def rank_split(
     *,
     order: Tensor | None = None,
     reporter: Reporter | None = None,
+    world: World | None = None,
 ) -> RankedSplit:
-    """Rank held-out targets, one a user; the catalogue is encoded once.
+    """Rank held-out targets, one a user; the catalogue is encoded once, padding never.
 
     Args:
         model: on the device of `sequences`; put into evaluation mode here, its mode is restored.
@@ -59,23 +61,28 @@ def rank_split(
         ranking: see `Ranking`.
         order: a permutation of the targets (published behaviour Q14 shuffles), or None.
         reporter: told users done, or None for silence.
+        world: the processes that share the users; each of them gets all ranks.
     """
+    world = world or World()
     if order is not None:
         targets = targets[order.to(targets.device)]
     was_training = model.training
     model.eval()
+    share = targets[world.share(len(targets))]
     ranks = []
     reporter = reporter or SilentReporter()
     number_format = precision(ranking.precision, targets.device)
-    with torch.inference_mode(), reporter.stage(f"rank {split}", len(targets), "users") as stage:
+    with torch.inference_mode(), reporter.stage(f"rank {split}", len(share), "users") as stage:
         with number_format:
             table_VD = model.item_table()
         # Scores are compared in float32 whatever the encoders computed in: bfloat16 would tie half the catalogue.
         table_VD = table_VD.to(torch.promote_types(table_VD.dtype, torch.float32))
-        for block in torch.split(targets, ranking.batch_size):
-            windows = sequences.windows(block, max_len, with_target_time=model.reads_target_time)
+        blocks = torch.split(share, ranking.batch_size)
+        places = [sequences.lengths(block, max_len).sum() for block in blocks]
+        for block, rows in zip(blocks, torch.stack(places).tolist() if places else [], strict=True):
+            windows = sequences.windows(block, max_len, with_target_time=model.reads_target_time, rows=rows)
             with number_format:
-                user_BD = model(windows.items_BT, windows.lengths_B, windows.timestamps_BT)
+                user_BD = model.users(windows)
             user_BD = user_BD.to(table_VD.dtype)
             for part, mask_BV in _seen(sequences, block, len(table_VD), ranking.mask_seen):
                 ranks.append(
@@ -90,7 +97,8 @@ def rank_split(
                 )
             stage.advance(len(block))
     model.train(was_training)
-    return _by_user(sequences, targets, torch.cat(ranks), split)
+    own = torch.cat(ranks).cpu() if ranks else torch.empty(0, dtype=torch.float64)
+    return _by_user(sequences, targets, torch.cat(world.gathered(own)).to(targets.device), split)
 
 
 def _seen(
@@ -114,13 +122,25 @@ def _seen(
 
 
 def rank_by_popularity(
-    sequences: Sequences, known_N: Tensor, targets: Tensor, split: str, n_items: int, ties: Ties = "half"
+    sequences: Sequences,
+    known_N: Tensor,
+    targets: Tensor,
+    split: str,
+    n_items: int,
+    ties: Ties = "half",
+    *,
+    mask_seen: bool = False,
 ) -> RankedSplit:
     """The yardstick: every item scored by its number of interactions that training may see."""
     table_V1 = torch.bincount(sequences.items_N[known_N].long(), minlength=n_items + 1).double()[:, None]
     ones_B1 = torch.ones(len(targets), 1).to(table_V1)
     target_U = sequences.items_N[targets].long()
-    rank0 = target_ranks(ones_B1, table_V1, target_U, ties=ties)
+    rank0 = torch.cat(
+        [
+            target_ranks(ones_B1[part], table_V1, target_U[part], ties=ties, mask=mask_BV)
+            for part, mask_BV in _seen(sequences, targets, n_items + 1, mask_seen)
+        ]
+    )
     return _by_user(sequences, targets, rank0, split)
 
 

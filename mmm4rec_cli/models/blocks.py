@@ -1,17 +1,37 @@
 """The blocks of MMM4Rec (paper section 4; published behaviour in every detail).
 
-Letters: B users, L = T places, D width, E = expand * D, H heads.
+Letters: B users, T places, S rows (places of the batch, see `places`), n streams of items, M streams of time, D width,
+E = expand * D, H heads. Two streams are image (first) and text (last).
 """
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import CausalConv, FourierFilter, TimeFactor
 from mmm4rec_cli.settings.schema import ModelSettings
-from mmm4rec_kernels import CrossProjections, ssd_block
+from mmm4rec_kernels import CrossProjections, hardswish_dropout, linear, residual_norm, ssd_block
+
+PARTS = ("weight", "bias")
+
+
+class Linear(nn.Linear):
+    """A linear layer through the kernels' `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] in, [..., C] out."""
+        return linear(x, self.weight, self.bias)
+
+
+class Norm(nn.LayerNorm):
+    """The layer norm of a residual sum; options as of the kernels' `residual_norm`."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        """As x."""
+        return residual_norm(x, self.weight, self.bias, eps=self.eps, **options)
 
 
 class RMSGate(nn.Module):
@@ -35,17 +55,39 @@ class StateSpace(nn.Module):
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSGate(inner)
-        self.out_proj = nn.Linear(inner, config.hidden_size)
+        self.out_proj = Linear(inner, config.hidden_size)
         self.time: TimeFactor | None = None
         if config.time != "none":
             self.time = TimeFactor(heads, config.max_len, config.d_conv, config.time_dropout)
 
     def scan(
-        self, projected: Tensor | CrossProjections, conv_weight: Tensor, conv_bias: Tensor, stream_BHT: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """From the in-projections to the block's output [B, L, D], and the factor on the step sizes [B, H, T]."""
-        w_BHT: Tensor | None = None if self.time is None or stream_BHT is None else self.time(stream_BHT)
-        normed_BLE = ssd_block(
+        self,
+        projected: Tensor | CrossProjections,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        w_MBHT: Tensor | None,
+        places: Places,
+    ) -> Tensor:
+        """From the in-projections of n streams to the block's output [n, S, D].
+
+        Args:
+            projected: [n, S, ...], or three of one stream [1, S, ...].
+            conv_weight: of the columns x, B, C.
+            conv_bias: likewise.
+            w_MBHT: factor on the step sizes; one stream of it serves all.
+            places: where the rows lie.
+        """
+        streams = (projected.xBdt if isinstance(projected, CrossProjections) else projected).shape[0]
+        factor = None
+        if w_MBHT is not None:
+            factor_MSH = places.rows(w_MBHT.transpose(-1, -2))
+            factor = places.sequences(factor_MSH.expand(streams, -1, -1))
+        if isinstance(projected, CrossProjections):
+            projected = CrossProjections(*(places.sequences(part) for part in projected))
+        else:
+            projected = places.sequences(projected)
+        offsets = places.offsets_of(streams)
+        normed = ssd_block(
             projected,
             conv_weight,
             conv_bias,
@@ -55,11 +97,13 @@ class StateSpace(nn.Module):
             self.norm.weight,
             n_groups=self.n_groups,
             eps=self.eps,
-            time_factor_BLH=None if w_BHT is None else w_BHT.transpose(1, 2),
+            time_factor_BLH=factor,
             skip="dt_x",
+            cu_seqlens=offsets,
+            max_length=None if offsets is None else places.length,
         )
-        out_BLD: Tensor = self.out_proj(normed_BLE)
-        return out_BLD, w_BHT
+        out: Tensor = self.out_proj(normed)
+        return out.view(streams, -1, out.shape[-1])
 
 
 class SSD(StateSpace):
@@ -68,20 +112,21 @@ class SSD(StateSpace):
     def __init__(self, config: ModelSettings) -> None:
         super().__init__(config)
         inner, states = config.expand * config.hidden_size, config.n_groups * config.d_state
-        self.in_proj = nn.Linear(config.hidden_size, 2 * inner + 2 * states + config.n_heads)
+        self.in_proj = Linear(config.hidden_size, 2 * inner + 2 * states + config.n_heads)
         self.conv = CausalConv(inner + 2 * states, config.d_conv)
         if config.time != "none":
             self.time_gate = nn.Linear(config.max_len, config.max_len if config.point_time_gate else 1)
             self.time_norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
             self.time_dropout = nn.Dropout(config.time_dropout)
 
-    def forward(self, u_BLD: Tensor, stream_BHT: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The block's output [B, L, D] and the next time stream."""
-        out_BLD, w_BHT = self.scan(self.in_proj(u_BLD), self.conv.weight, self.conv.bias, stream_BHT)
-        if stream_BHT is None or w_BHT is None:
-            return out_BLD, None
-        gate = torch.sigmoid(self.time_gate(self.time_dropout(stream_BHT)))
-        return out_BLD, self.time_norm(gate * stream_BHT + (1 - gate) * w_BHT)
+    def forward(self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places) -> tuple[Tensor, Tensor | None]:
+        """The block's output [n, S, D] and the next time streams."""
+        w_MBHT = None if self.time is None or streams_MBHT is None else self.time(streams_MBHT)
+        out_nSD = self.scan(self.in_proj(u_nSD), self.conv.weight, self.conv.bias, w_MBHT, places)
+        if streams_MBHT is None or w_MBHT is None:
+            return out_nSD, None
+        gate = torch.sigmoid(self.time_gate(self.time_dropout(streams_MBHT)))
+        return out_nSD, self.time_norm(torch.lerp(w_MBHT, streams_MBHT, gate))
 
 
 class CrossSSD(StateSpace):
@@ -90,21 +135,23 @@ class CrossSSD(StateSpace):
     def __init__(self, config: ModelSettings) -> None:
         super().__init__(config)
         inner, states = config.expand * config.hidden_size, config.n_groups * config.d_state
-        self.u_in_proj = nn.Linear(config.hidden_size, inner + states + config.n_heads)
-        self.z_in_proj = nn.Linear(config.hidden_size, inner)
-        self.q_in_proj = nn.Linear(config.hidden_size, states)
+        self.u_in_proj = Linear(config.hidden_size, inner + states + config.n_heads)
+        self.z_in_proj = Linear(config.hidden_size, inner)
+        self.q_in_proj = Linear(config.hidden_size, states)
         self.u_conv = CausalConv(inner + states, config.d_conv)
         self.q_conv = CausalConv(states, config.d_conv)
 
-    def forward(self, q_BLD: Tensor, u_BLD: Tensor, stream_BHT: Tensor | None) -> Tensor:
-        """The block's output [B, L, D]; its time stream ends here."""
+    def forward(self, q_SD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places) -> Tensor:
+        """The block's output [S, D]; its time stream ends here."""
         projected = CrossProjections(
-            xBdt=self.u_in_proj(u_BLD), z=self.z_in_proj(q_BLD + u_BLD), C=self.q_in_proj(q_BLD)
+            xBdt=self.u_in_proj(u_SD)[None],
+            z=self.z_in_proj(q_SD + u_SD)[None],
+            C=self.q_in_proj(q_SD)[None],
         )
         conv_weight = torch.cat([self.u_conv.weight, self.q_conv.weight])
         conv_bias = torch.cat([self.u_conv.bias, self.q_conv.bias])
-        out_BLD, _ = self.scan(projected, conv_weight, conv_bias, stream_BHT)
-        return out_BLD
+        w_1BHT = None if self.time is None or stream_BHT is None else self.time(stream_BHT[None])
+        return self.scan(projected, conv_weight, conv_bias, w_1BHT, places)[0]
 
 
 class FeedForward(nn.Module):
@@ -112,15 +159,17 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelSettings) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.inner_size)
-        self.fc2 = nn.Linear(config.inner_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
+        self.fc1 = Linear(config.hidden_size, config.inner_size)
+        self.fc2 = Linear(config.inner_size, config.hidden_size)
+        self.norm = Norm(config.hidden_size, eps=1e-12)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] in and out."""
-        out: Tensor = self.norm(self.dropout(self.fc2(self.dropout(F.hardswish(self.fc1(x))))) + x)
-        return out
+        """[S, D] in and out."""
+        inner = hardswish_dropout(self.fc1(x), p=self.dropout, training=self.training)
+        out = self.fc2(inner)
+        normed: Tensor = self.norm(out, residual=x, p=self.dropout, training=self.training)
+        return normed
 
 
 class CrossModalLayer(nn.Module):
@@ -129,8 +178,8 @@ class CrossModalLayer(nn.Module):
     def __init__(self, config: ModelSettings) -> None:
         super().__init__()
 
-        def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        def norm() -> Norm:
+            return Norm(config.hidden_size, eps=config.norm_eps)
 
         def feed_forward() -> nn.Module:
             return FeedForward(config) if config.feed_forward else nn.Identity()
@@ -141,20 +190,20 @@ class CrossModalLayer(nn.Module):
         self.cross_ssd = CrossSSD(config)
         self.cross_norm, self.image_ffn = norm(), feed_forward()
         self.filter = FourierFilter(config.max_len) if config.time != "none" else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(
-        self, text_BLD: Tensor, image_BLD: Tensor, text_BHT: Tensor | None, image_BHT: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """New text, new image, new time stream of each (the streams unfiltered)."""
-        out, text_BHT = self.ssd(text_BLD, text_BHT)
-        text_BLD = self.text_ffn(self.text_norm(self.dropout(out) + text_BLD))
-
-        out, image_BHT = self.ssd(image_BLD, image_BHT)
-        query_BLD = self.image_norm(self.dropout(out) + image_BLD)
-        joint_BHT = None
-        if self.filter is not None and image_BHT is not None and text_BHT is not None:
-            joint_BHT = self.filter(image_BHT, text_BHT)
-        out = self.cross_ssd(query_BLD, text_BLD, joint_BHT)
-        image_BLD = self.image_ffn(self.cross_norm(self.dropout(out) + query_BLD + text_BLD))
-        return text_BLD, image_BLD, text_BHT, image_BHT
+        self, items_nSD: Tensor, streams_MBHT: Tensor | None, places: Places
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """New image [S, D], new text [S, D], new time streams (unfiltered)."""
+        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places)
+        # Both modalities' residual and norm at once, each with its own weights.
+        weight, bias = (torch.stack([getattr(m, k) for m in (self.image_norm, self.text_norm)]) for k in PARTS)
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        eps = self.image_norm.eps
+        query_SD, text_SD = residual_norm(out_nSD, weight, bias, residual=items_nSD, eps=eps, **drop)
+        text_SD = self.text_ffn(text_SD)
+        joint_BHT = None if self.filter is None or streams_MBHT is None else self.filter(streams_MBHT)
+        out_SD = self.cross_ssd(query_SD, text_SD, joint_BHT, places)
+        image_SD = self.image_ffn(self.cross_norm(out_SD, residual=query_SD, other=text_SD, **drop))
+        return image_SD, text_SD, streams_MBHT

@@ -55,22 +55,34 @@ class SequenceModel(nn.Module, ABC):
         """
         if in_batch:
             return self._in_batch_loss(user_BD, target_B)
+        return self.catalogue_loss(user_BD, self.item_table(), target_B)
+
+    def users(self, windows: Windows) -> Tensor:
+        """User vectors [B, D] of windows."""
+        user_BD: Tensor = self(windows.items_BT, windows.lengths_B, windows.timestamps_BT)
+        return user_BD
+
+    def catalogue_loss(self, user_BD: Tensor, table_VD: Tensor, target_B: Tensor) -> Tensor:
+        """The full loss on an item table that is at hand."""
         first_row = 0 if self.padding_candidate else 1
-        return softmax_cross_entropy(user_BD, self.item_table(), target_B, first_row=first_row).mean()
+        return softmax_cross_entropy(user_BD, table_VD, target_B, first_row=first_row).mean()
 
     def training_loss(self, windows: Windows, in_batch: bool = False) -> Tensor:
         """What a training step minimises, a scalar: the mean loss of the windows' targets.
 
         A model with losses of its own beside the recommendation loss adds them here.
         """
-        user_BD = self(windows.items_BT, windows.lengths_B, windows.timestamps_BT)
+        user_BD = self.users(windows)
+        if in_batch and windows.candidate_C is not None:
+            return self._in_batch_loss(user_BD, windows.candidate_C, windows.own)
         return self.loss(user_BD, windows.target_B, in_batch=in_batch)
 
-    def _in_batch_loss(self, user_BD: Tensor, target_B: Tensor) -> Tensor:
-        scores_BB = user_BD @ self.item_table(target_B).T
-        own_B = torch.arange(len(target_B), device=target_B.device)
+    def _in_batch_loss(self, user_BD: Tensor, candidate_C: Tensor, own: int = 0) -> Tensor:
+        """Candidates are the targets of a batch; those of the users stand there from `own` on."""
+        scores_BC = user_BD @ self.item_table(candidate_C).T
+        place_C = torch.arange(len(candidate_C), device=candidate_C.device)
+        own_B = place_C[own : own + len(user_BD)]
         if self.mask_duplicate_labels:
-            same_BB = target_B[:, None] == target_B[None, :]
-            same_BB = same_BB & (own_B[:, None] != own_B[None, :])
-            scores_BB = scores_BB.masked_fill(same_BB, float("-inf"))
-        return F.cross_entropy(scores_BB, own_B)
+            same_BC = (candidate_C[own_B][:, None] == candidate_C) & (own_B[:, None] != place_C)
+            scores_BC = scores_BC.masked_fill(same_BC, float("-inf"))
+        return F.cross_entropy(scores_BC, own_B)

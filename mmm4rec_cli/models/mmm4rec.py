@@ -1,6 +1,7 @@
 """MMM4Rec (arXiv 2506.02916): text and image streams, a shared SSD, a cross-modal SSD, filtered time streams.
 
-Letters: B users, L = T places (max_len), D width, V catalogue rows with padding row 0, F feature width, H heads.
+Letters: B users, L = T places (max_len), S rows (places of the batch, see `places`), D width, V catalogue rows with
+padding row 0, F feature width, H heads.
 """
 
 from collections.abc import Mapping
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmm4rec_cli.data.sequences import Windows
 from mmm4rec_cli.models import published
-from mmm4rec_cli.models.blocks import CrossModalLayer
+from mmm4rec_cli.models.blocks import CrossModalLayer, Linear, Norm
 from mmm4rec_cli.models.interface import SequenceModel
+from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import ObservedGaps, PublishedGaps
 from mmm4rec_cli.settings.schema import ModelSettings
 
@@ -36,10 +39,10 @@ class ModalityInput(nn.Module):
             present = features_VF[1:][~missing_V[1:]]
             start = present.mean(0) if len(present) else torch.zeros(width, dtype=features_VF.dtype)
             self.missing = nn.Parameter(start)
-        self.adapter = nn.Linear(width, config.hidden_size)
+        self.adapter = Linear(width, config.hidden_size)
         self.item_bias = nn.Parameter(torch.zeros(rows, config.hidden_size)) if config.item_bias else None
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.norm = Norm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = config.embedding_dropout
 
     def vectors(self, items: Tensor | None = None) -> Tensor:
         """Item vectors [..., D] of the ids, or [V, D] of the whole catalogue: adapter plus item bias."""
@@ -52,9 +55,10 @@ class ModalityInput(nn.Module):
             vectors = vectors + (self.item_bias if items is None else F.embedding(items, self.item_bias))
         return vectors
 
-    def forward(self, items_BL: Tensor) -> Tensor:
-        """The stream's start [B, L, D]."""
-        out: Tensor = self.norm(self.dropout(self.vectors(items_BL)))
+    def forward(self, items_S: Tensor, vectors_VD: Tensor | None = None) -> Tensor:
+        """The stream's start [S, D]; `vectors_VD` are the catalogue's vectors where they are at hand."""
+        vectors_SD = self.vectors(items_S) if vectors_VD is None else F.embedding(items_S, vectors_VD)
+        out: Tensor = self.norm(vectors_SD, p=self.dropout, training=self.training)
         return out
 
 
@@ -120,28 +124,54 @@ class MMM4Rec(SequenceModel):
         """
         if items_BL.shape[1] != self.config.max_len:
             raise ValueError(f"items_BL must be [B, {self.config.max_len}] (max_len), got {tuple(items_BL.shape)}")
-        image_BLD = self.image(items_BL)
-        text_BLD = self.text(items_BL)
-        text_BHT = image_BHT = None
-        if self.gaps is not None:
-            gaps_BT = self.gaps.gaps(timestamps_BL, lengths_B)
-            image_BHT = self._stream(gaps_BT, lengths_B)
-            text_BHT = self._stream(gaps_BT, lengths_B)
+        return self._encode(items_BL, lengths_B, timestamps_BL, Places.padded(lengths_B, self.config.max_len))
+
+    def users(self, windows: Windows) -> Tensor:
+        """User vectors [B, D] of windows; where the number of rows is known, padding is not computed."""
+        return self._encode(windows.items_BT, windows.lengths_B, windows.timestamps_BT, self._places(windows))
+
+    def training_loss(self, windows: Windows, in_batch: bool = False) -> Tensor:
+        """As `SequenceModel.training_loss`; with the full loss the catalogue's vectors are made once for both ends."""
+        if in_batch:
+            return super().training_loss(windows, in_batch)
+        vectors = self.image.vectors(), self.text.vectors()
+        places = self._places(windows)
+        user_BD = self._encode(windows.items_BT, windows.lengths_B, windows.timestamps_BT, places, vectors)
+        return self.catalogue_loss(user_BD, self._fused(*vectors), windows.target_B)
+
+    def _places(self, windows: Windows) -> Places:
+        users, length = windows.items_BT.shape
+        if windows.rows is None or windows.rows >= users * length:
+            return Places.padded(windows.lengths_B, length)
+        return Places.packed(windows.lengths_B, length, windows.rows)
+
+    def _encode(
+        self,
+        items_BL: Tensor,
+        lengths_B: Tensor,
+        timestamps_BL: Tensor,
+        places: Places,
+        vectors: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    ) -> Tensor:
+        items_S = places.ids(items_BL)
+        image_SD, text_SD = self.image(items_S, vectors[0]), self.text(items_S, vectors[1])
+        streams_MBHT = None if self.gaps is None else self._streams(timestamps_BL, lengths_B)
         for layer in self.layers:
-            text_BLD, image_BLD, text_BHT, image_BHT = layer(text_BLD, image_BLD, text_BHT, image_BHT)
-        last_B11 = (lengths_B - 1)[:, None, None].expand(-1, 1, image_BLD.shape[-1])
-        user_BD: Tensor = image_BLD.gather(1, last_B11).squeeze(1)
+            image_SD, text_SD, streams_MBHT = layer(torch.stack([image_SD, text_SD]), streams_MBHT, places)
+        user_BD: Tensor = image_SD.index_select(0, places.last_B)
         return user_BD
 
-    def _stream(self, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def _streams(self, timestamps_BL: Tensor, lengths_B: Tensor) -> Tensor:
+        """Time streams [M, B, H, T] of image and text; without dropout they are equal, and there is one."""
         assert self.gaps is not None
-        stream_BT: Tensor = self.gaps(gaps_BT, lengths_B)
-        return stream_BT[:, None, :].expand(-1, self.config.n_heads, -1)
+        gaps_1BT = self.gaps.gaps(timestamps_BL, lengths_B)[None]
+        apart = self.training and self.config.time_dropout > 0
+        stream_MBT: Tensor = self.gaps(gaps_1BT.expand(2, -1, -1) if apart else gaps_1BT, lengths_B)
+        return stream_MBT[:, :, None, :].expand(-1, -1, self.config.n_heads, -1)
 
     def normalised_items(self, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Text and image vectors [V, D] each, every row divided by max(its length, 1e-12)."""
-        text, image = (F.normalize(m.vectors(items), dim=-1, eps=1e-12) for m in (self.text, self.image))
-        return text, image
+        return _normalised(self.text.vectors(items)), _normalised(self.image.vectors(items))
 
     def fusion_factors(self, items: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
         """Weights of the text and the image score: 1 and 1, two scalars, or two columns [V, 1]."""
@@ -155,9 +185,12 @@ class MMM4Rec(SequenceModel):
 
     def item_table(self, items: Tensor | None = None) -> Tensor:
         """Weighted sum of both modalities' normalised rows over the temperature, [V, D] (spec 4)."""
-        text, image = self.normalised_items(items)
+        return self._fused(self.image.vectors(items), self.text.vectors(items), items)
+
+    def _fused(self, image_VD: Tensor, text_VD: Tensor, items: Tensor | None = None) -> Tensor:
         text_weight, image_weight = self.fusion_factors(items)
-        return (text_weight * text + image_weight * image) / self.config.temperature
+        both = text_weight * _normalised(text_VD) + image_weight * _normalised(image_VD)
+        return both / self.config.temperature
 
     def item_table_parts(self, items: Tensor | None = None) -> dict[str, Tensor]:
         """What text and image each put into `item_table`: their products with a user vector add up to the score."""
@@ -182,3 +215,7 @@ class MMM4Rec(SequenceModel):
     def published_state(self) -> dict[str, Tensor]:
         """The weights under their published names and in their published shapes."""
         return published.export(self)
+
+
+def _normalised(vectors_VD: Tensor) -> Tensor:
+    return F.normalize(vectors_VD, dim=-1, eps=1e-12)

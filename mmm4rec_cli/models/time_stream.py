@@ -1,6 +1,7 @@
 """The time streams of MMM4Rec: how gaps between events enter, scale step sizes and are filtered.
 
-Letters: B users, T places (max_len), H heads, F = T // 2 + 1 bins of the real Fourier transform.
+Letters: M streams (image and text, or one for both where dropout does not tell them apart), B users, T places
+(max_len), H heads, F = T // 2 + 1 bins of the real Fourier transform.
 """
 
 import math
@@ -44,9 +45,9 @@ class PublishedGaps(nn.Module):
         """Differences [B, T] in seconds, subtracted as integers; 0 at the first place."""
         return torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).to(self.weight.dtype)
 
-    def forward(self, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """One draw of the stream [B, T]."""
-        return F.layer_norm(self.dropout(gaps_BT), gaps_BT.shape[1:], self.weight, self.bias, self.eps)
+    def forward(self, gaps_MBT: Tensor, lengths_B: Tensor) -> Tensor:
+        """One draw a stream [M, B, T]."""
+        return F.layer_norm(self.dropout(gaps_MBT), gaps_MBT.shape[-1:], self.weight, self.bias, self.eps)
 
 
 class ObservedGaps(nn.Module):
@@ -76,15 +77,15 @@ class ObservedGaps(nn.Module):
         real_BT = (place_T > 0) & (place_T < lengths_B[:, None])
         return torch.where(real_BT, u_BT, 0.0).to(self.weight.dtype)
 
-    def forward(self, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """One draw of the stream [B, T]."""
-        place_T = torch.arange(gaps_BT.shape[1], device=gaps_BT.device)
-        stream_BT = self.dropout(gaps_BT) * self.weight + self.bias
-        return torch.where(place_T < lengths_B[:, None], stream_BT, 0.0)
+    def forward(self, gaps_MBT: Tensor, lengths_B: Tensor) -> Tensor:
+        """One draw a stream [M, B, T]."""
+        place_T = torch.arange(gaps_MBT.shape[-1], device=gaps_MBT.device)
+        stream_MBT = torch.addcmul(self.bias, self.dropout(gaps_MBT), self.weight)
+        return torch.where(place_T < lengths_B[:, None], stream_MBT, 0.0)
 
 
 class TimeFactor(nn.Module):
-    """The factor w [B, H, T] that a stream puts on a block's step sizes (spec 3.5)."""
+    """The factor w [M, B, H, T] that a stream puts on a block's step sizes (spec 3.5)."""
 
     def __init__(self, n_heads: int, max_len: int, taps: int, dropout: float) -> None:
         super().__init__()
@@ -94,11 +95,12 @@ class TimeFactor(nn.Module):
         self.conv_out = CausalConv(n_heads, taps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, stream_BHT: Tensor) -> Tensor:
+    def forward(self, stream_MBHT: Tensor) -> Tensor:
         """Tanhshrink of a two-layer map over places times the stream, through two convolutions."""
-        scale_BHT: Tensor = F.tanhshrink(self.mlp_out(F.silu(self.mlp_in(self.dropout(stream_BHT)))))
-        w_BTH: Tensor = self.conv_out(self.conv_in((scale_BHT * stream_BHT).transpose(1, 2)))
-        return w_BTH.transpose(1, 2)
+        scale: Tensor = F.tanhshrink(self.mlp_out(F.silu(self.mlp_in(self.dropout(stream_MBHT)))))
+        scaled_MBTH = (scale * stream_MBHT).transpose(-1, -2)
+        w_NTH: Tensor = self.conv_out(self.conv_in(scaled_MBTH.flatten(0, 1)))
+        return w_NTH.view_as(scaled_MBTH).transpose(-1, -2)
 
 
 class ComplexLinear(nn.Module):
@@ -113,10 +115,13 @@ class ComplexLinear(nn.Module):
         self.imag = nn.Linear(bins, bins)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Complex [..., F] in and out."""
-        real = self.real(x.real) - self.imag(x.imag)
-        imag = self.imag(x.real) + self.real(x.imag)
-        return torch.complex(real, imag)
+        """Complex [..., F] in and out, as one real product over interleaved real and imaginary parts."""
+        R, J = self.real.weight, self.imag.weight
+        weight = torch.stack([torch.stack([R, -J], -1), torch.stack([J, R], -1)], 1).flatten(2).flatten(0, 1)
+        rho, iota = self.real.bias, self.imag.bias
+        bias = torch.stack([rho - iota, rho + iota], -1).flatten()
+        mapped = F.linear(torch.view_as_real(x).flatten(-2), weight, bias)
+        return torch.view_as_complex(mapped.view(*x.shape, 2))
 
 
 class FourierFilter(nn.Module):
@@ -129,10 +134,12 @@ class FourierFilter(nn.Module):
         self.text = ComplexLinear(bins)
         self.joint = ComplexLinear(bins)
 
-    def forward(self, image_BHT: Tensor, text_BHT: Tensor) -> Tensor:
-        """The joint stream [B, H, T]; the given ones are left as they are."""
-        image = torch.fft.rfft(image_BHT, norm="ortho")
-        text = torch.fft.rfft(text_BHT, norm="ortho")
+    def forward(self, streams_MBHT: Tensor) -> Tensor:
+        """The joint stream [B, H, T] of image (first) and text (last); the given ones are left as they are."""
+        if streams_MBHT.shape[0] == 1:  # ONNX can transform a real tensor, but not take a part of a complex one
+            image = text = torch.fft.rfft(streams_MBHT[0], norm="ortho")
+        else:
+            image, text = torch.fft.rfft(streams_MBHT, norm="ortho").unbind()
         joint = self.joint(self.image(image) * image + self.text(text) * text)
-        filtered: Tensor = torch.fft.irfft(joint, n=image_BHT.shape[-1], norm="ortho")
+        filtered: Tensor = torch.fft.irfft(joint, n=streams_MBHT.shape[-1], norm="ortho")
         return filtered

@@ -23,6 +23,7 @@ from mmm4rec_cli.training.loop import Task, fit
 from mmm4rec_cli.training.start import identity, machine, open_run, seed_run, training_in
 from mmm4rec_cli.training.transfer import Source, choose_source, transfer
 from mmm4rec_cli.workspace import Workspace
+from mmm4rec_cli.world import World, join
 
 
 def finetune(
@@ -56,6 +57,7 @@ def finetune(
     """
     check_model(model)
     device = resolve_device(settings.runtime.device)
+    world = join(device)
     reporter = reporter or SilentReporter()
     dataset = load_dataset(workspace, [domain], encoder_name(settings.features))
     split = dataset.sequences.split(settings.data.split, settings.data.split_share)
@@ -77,19 +79,19 @@ def finetune(
     else:
         reporter.note("starting from scratch" + ("" if pretrained == "none" else ": no pre-training run fits"))
     about = identity("finetune", dataset, model, list(seeds), None if source is None else source.label)
-    run = open_run(workspace, dataset, settings, about, resume)
+    run = open_run(workspace, dataset, settings, about, resume, world)
     if len(seeds) == 1:
-        return _finetune(run, dataset, _with_seed(settings, seeds[0]), model, source, device, reporter)
+        return _finetune(run, dataset, _with_seed(settings, seeds[0]), model, source, device, world, reporter)
     results = []
-    with training_in(run, reporter) as log:
+    with training_in(run, reporter, world) as log:
         for seed in seeds:
             one = _with_seed(settings, seed)
-            member = seed_run(run, seed, one, dataset)
-            if not member.finished:
-                _finetune(member, dataset, one, model, source, device, log)
-            results.append(member.result)
+            member = seed_run(run, seed, one, dataset, world)
+            done = world.first_says(member.result if world.first and member.finished else None)
+            results.append(done or _finetune(member, dataset, one, model, source, device, world, log))
         result = over_seeds(run, results)
-        run.write("result.json", result)
+        if world.first:
+            run.write("result.json", result)
     return result
 
 
@@ -124,6 +126,7 @@ def _finetune(
     model: str,
     source: Source | None,
     device: torch.device,
+    world: World,
     reporter: Reporter,
 ) -> dict[str, Any]:
     plan, max_len = settings.finetune, settings.model.max_len
@@ -138,7 +141,7 @@ def _finetune(
     )
     held_out = {name: split.targets(name) for name in ("valid", "test")}
     cutoffs = {*settings.evaluate.k, *([int(plan.metric.split("@")[1])] if "@" in plan.metric else [])}
-    with training_in(run, reporter) as log:
+    with training_in(run, reporter, world) as log:
         log.note(
             f"fine-tune on {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
             f"{len(targets):,} targets; seed {settings.runtime.seed}; run {run.short_id}"
@@ -152,7 +155,7 @@ def _finetune(
         def validate() -> dict[str, float]:
             valid = held_out["valid"]
             order = torch.randperm(len(valid)) if plan.shuffle_validation else None
-            ranked = rank_split(network, sequences, valid, "valid", max_len, ranking, order=order)
+            ranked = rank_split(network, sequences, valid, "valid", max_len, ranking, order=order, world=world)
             return summary(ranked.rank0_U, cutoffs)
 
         task = Task(
@@ -170,21 +173,26 @@ def _finetune(
             task,
             run,
             max_len=max_len,
-            number_format=settings.runtime.precision,
+            runtime=settings.runtime,
             reporter=log,
+            world=world,
         )
+        world.first_says(None)  # the first process has written the weights
         load_weights(network, read_weights(run.weights), run.weights)
         ranked = {
-            name: rank_split(network, sequences, positions, name, max_len, ranking)
+            name: rank_split(network, sequences, positions, name, max_len, ranking, world=world)
             for name, positions in held_out.items()
         }
-        write_ranks(run.path / "ranks.parquet", ranked.values())
-        result = _result(run, dataset, settings, model, source, ranked, split)
-        result |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "seconds": progress.seconds}
-        result |= machine(device)
-        run.write("result.json", result)
-        shutil.rmtree(run.path / "state", ignore_errors=True)
-    return result
+        result: dict[str, Any] = {}
+        if world.first:
+            write_ranks(run.path / "ranks.parquet", ranked.values())
+            result = _result(run, dataset, settings, model, source, ranked, split)
+            result |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "seconds": progress.seconds}
+            result |= machine(device, world)
+            run.write("result.json", result)
+            shutil.rmtree(run.path / "state", ignore_errors=True)
+    said: dict[str, Any] = world.first_says(result)
+    return said
 
 
 def _result(

@@ -1,12 +1,13 @@
 """The training loop: epochs over targets, gradients accumulated, best weights kept, early stopping, resume.
 
-Pre-training and fine-tuning differ only in the `Task` they pass in.
+Pre-training and fine-tuning differ only in the `Task` they pass in. Several processes share each micro-batch: every one
+computes its part, the gradients are added up before a step, and all take the same step.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,17 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from mmm4rec_cli.data.sequences import Sequences
-from mmm4rec_cli.device import precision
 from mmm4rec_cli.errors import RunError
 from mmm4rec_cli.files import written_whole
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.reporter import Reporter
 from mmm4rec_cli.runs import Run, save_weights
-from mmm4rec_cli.settings.schema import Optimisation
+from mmm4rec_cli.settings.schema import Optimisation, RuntimeSettings
+from mmm4rec_cli.training.interrupt import Interruption, kept_signals
+from mmm4rec_cli.training.optimizer import FlatParameters, nadam
 from mmm4rec_cli.training.state import Progress, load_state, save_state
+from mmm4rec_cli.training.step import Gradients, MicroBatch
+from mmm4rec_cli.world import World
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Task:
     name: str
     optimisation: Optimisation
     targets: Tensor
-    """Flat positions of the training targets."""
+    """Flat positions of the training targets, on the device of the sequences."""
     in_batch: bool
     """In-batch loss instead of the whole catalogue."""
     validate: Callable[[], dict[str, float]] | None = None
@@ -45,62 +49,187 @@ class Task:
     """Keep a copy of the weights every so many epochs (0: never)."""
 
 
-def nadam(model: SequenceModel, optimisation: Optimisation) -> torch.optim.Optimizer:
-    """NAdam over all parameters with coupled weight decay (spec 5; the published marks against decay are ignored)."""
-    return torch.optim.NAdam(
-        model.parameters(),
-        lr=optimisation.lr,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=optimisation.weight_decay,
-        momentum_decay=optimisation.momentum_decay,
-    )
+def epoch_targets(sequences: Sequences, task: Task, seed: int, epoch: int) -> Tensor:
+    """The targets of an epoch in their order: a function of seed and epoch alone, so that it can be gone on with.
+
+    With `prefixes = n` each user has up to n targets, drawn anew every epoch.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    targets = task.targets
+    order = torch.randperm(len(targets), generator=generator).to(targets.device)
+    if task.optimisation.prefixes != "all":
+        # The first n of each user in a random order of all, still in that order.
+        users = sequences.users_of(targets[order])
+        by_user = torch.argsort(users, stable=True)
+        sorted_users = users[by_user]
+        first = torch.searchsorted(sorted_users, sorted_users)
+        among = torch.arange(len(order), device=order.device) - first
+        order = order[by_user[among < task.optimisation.prefixes].sort().values]
+    return targets[order]
+
+
+class Trainer:
+    """What an epoch needs: model, optimiser and gradients on one device.
+
+    Args:
+        model: on its device.
+        sequences: on the device of the task's targets.
+        task: see `Task`.
+        max_len: places of a window.
+        runtime: number format, graphs.
+        world: the processes that share the work.
+        say: takes a line that is good to know.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        sequences: Sequences,
+        task: Task,
+        *,
+        max_len: int,
+        runtime: RuntimeSettings,
+        world: World | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.model, self.sequences, self.task, self.max_len = model, sequences, task, max_len
+        self.world = world or World()
+        self.parameters = FlatParameters(model)
+        self.device = self.parameters.values.device
+        self.optimizer: torch.optim.Optimizer = nadam(self.parameters.values, task.optimisation)
+        self.gradients = Gradients(
+            model,
+            sequences,
+            in_batch=task.in_batch,
+            max_len=max_len,
+            number_format=runtime.precision,
+            device=self.device,
+            world=self.world,
+            graphs=runtime.cuda_graphs,
+            say=say,
+        )
+
+    def groups(self, targets: Tensor) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of each optimiser step, this process's part of each.
+
+        A step follows every `accumulation` micro-batches and the last one of the epoch, so the last group is smaller.
+        The group's loss is the mean over its targets, or, with `mean_over_group` off, the sum of the micro-batches'
+        means (published behaviour Q9).
+        """
+        plan = self.task.optimisation
+        micro_batches = torch.split(targets, plan.batch_size)
+        shares = [part[self.world.share(len(part))] for part in micro_batches]
+        lengths = [self.sequences.lengths(share, self.max_len).sum() for share in shares]
+        places = torch.stack(lengths).tolist()  # the one wait of an epoch
+        for begin in range(0, len(micro_batches), plan.accumulation):
+            group = range(begin, min(begin + plan.accumulation, len(micro_batches)))
+            size = sum(len(micro_batches[i]) for i in group)
+            yield [
+                MicroBatch(
+                    shares[i],
+                    micro_batches[i] if self.task.in_batch and self.world.size > 1 else None,
+                    places[i],
+                    len(shares[i]) / (size if plan.mean_over_group else len(micro_batches[i])),
+                )
+                for i in group
+            ]
+
+    def step(self, group: list[MicroBatch]) -> Tensor:
+        """Gradients of a group and one step; the sum of its targets' losses, float64, perhaps not computed yet.
+
+        On the CPU a loss that is not finite stops before the step; on a GPU, whose queue must not be waited for, the
+        caller looks at the returned sum before anything of the weights is kept.
+        """
+        self.parameters.clear()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in group:
+            if len(batch.positions_B):
+                total += self.gradients(batch) * len(batch.positions_B)
+        if self.device.type == "cpu":
+            self.check(total)
+        self.world.add_up(self.parameters.gradient)
+        self.optimizer.step()
+        return total
+
+    def check(self, loss: Tensor) -> None:
+        """Stop on a loss that is not finite (with `stop_on_nonfinite`).
+
+        Raises:
+            RunError: it is not; no step that followed from it is kept.
+        """
+        task = self.task
+        if task.optimisation.stop_on_nonfinite and not math.isfinite(value := loss.item()):
+            raise RunError(
+                f"the loss became {value} in {task.name}; no step that followed from it was kept",
+                hint=f"lower {task.name}.lr ({task.optimisation.lr:g}), or look at the features for extreme values",
+            )
+
+
+class Checkpoints:
+    """When and what is saved inside an epoch.
+
+    Args:
+        path: the state file.
+        trainer: what is saved.
+        minutes: between two savings.
+        interruption: a kept signal, which asks for a saving and the end.
+    """
+
+    def __init__(self, path: Path, trainer: Trainer, minutes: float, interruption: Interruption) -> None:
+        self.path, self.trainer, self.minutes, self.interruption = path, trainer, minutes, interruption
+        self.last = time.monotonic()
+
+    def save(self, progress: Progress) -> None:
+        """Save now; every process gives its random state, the first one writes."""
+        save_state(self.path, self.trainer, progress)
+        self.last = time.monotonic()
+
+    def after_step(self, progress: Progress, loss_sum: Tensor) -> None:
+        """Save if it is time, and stop if somebody asked for it; the first process decides for all.
+
+        Raises:
+            KeyboardInterrupt: or SystemExit, for a kept signal, after saving.
+            RunError: the loss is not finite.
+        """
+        due = self.interruption.signal is not None or time.monotonic() - self.last > 60 * self.minutes
+        kept = self.trainer.world.first_says((due, self.interruption.signal))
+        if not kept[0]:
+            return
+        self.trainer.check(loss_sum)
+        progress.loss_sum = loss_sum.item()
+        self.save(progress)
+        self.interruption.signal = kept[1]
+        self.interruption.obey()
 
 
 def train_epoch(
-    model: SequenceModel,
-    sequences: Sequences,
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    max_len: int,
-    number_format: str,
-    advance: Callable[[int], None],
+    trainer: Trainer, targets: Tensor, progress: Progress, checkpoints: Checkpoints, advance: Callable[[int], None]
 ) -> float:
-    """One pass over the targets in a random order; the mean loss of a target.
-
-    A step follows every `accumulation` micro-batches and the last one of the epoch, so the last group is smaller.
-    The group's loss is the mean over its targets, or, with `mean_over_group` off, the sum of the micro-batches' means
-    (published behaviour Q9).
+    """One pass over the targets, or what is left of it; the mean loss of a target.
 
     Raises:
-        RunError: the loss of a group is not finite (with `stop_on_nonfinite`); its step is not taken.
+        RunError: the loss is not finite (with `stop_on_nonfinite`).
     """
-    plan = task.optimisation
-    device = task.targets.device
-    model.train()
-    order = torch.randperm(len(task.targets)).to(device)
-    micro_batches = torch.split(task.targets[order], plan.batch_size)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for begin in range(0, len(micro_batches), plan.accumulation):
-        group = micro_batches[begin : begin + plan.accumulation]
-        size = sum(map(len, group))
-        group_loss = torch.zeros((), dtype=torch.float64, device=device)
-        optimizer.zero_grad(set_to_none=True)
-        for positions in group:
-            windows = sequences.windows(positions, max_len, with_target_time=model.reads_target_time)
-            with precision(number_format, device):
-                loss = model.training_loss(windows, in_batch=task.in_batch)
-            group_loss += loss.detach().double() * len(positions)
-            (loss * (len(positions) / size) if plan.mean_over_group else loss).backward()  # type: ignore[no-untyped-call]
-        if plan.stop_on_nonfinite and not math.isfinite(group_loss.item()):
-            raise RunError(
-                f"the loss became {group_loss.item()} in {task.name}; the step was not taken",
-                hint=f"lower {task.name}.lr ({plan.lr:g}), or look at the features for extreme values",
-            )
-        optimizer.step()
-        total += group_loss
+    trainer.model.train()
+    plan, world = trainer.task.optimisation, trainer.world
+    total = torch.full((), progress.loss_sum, dtype=torch.float64, device=trainer.device)
+    left = targets[progress.targets_done :]
+    if progress.targets_done:
+        advance(progress.targets_done)
+    before: Tensor | None = None
+    for group in trainer.groups(left):
+        loss_sum = trainer.step(group)
+        if before is not None and trainer.device.type == "cuda":
+            trainer.check(before)  # the last group's, so that the GPU always has the next one to do
+        before = loss_sum
+        total += loss_sum
+        size = min(plan.batch_size * plan.accumulation, len(targets) - progress.targets_done)
+        progress.targets_done += size
         advance(size)
-    return float(total / len(task.targets))
+        checkpoints.after_step(progress, total)
+    world.add_up(total)
+    trainer.check(total)
+    return float(total / len(targets))
 
 
 def fit(
@@ -110,54 +239,65 @@ def fit(
     run: Run,
     *,
     max_len: int,
-    number_format: str,
+    runtime: RuntimeSettings,
     reporter: Reporter,
+    world: World | None = None,
 ) -> Progress:
     """Train until the epochs are over or patience ends; best weights go to the run's `model.safetensors`.
 
     Best means: score at least the best so far (a tie moves to the later epoch). Patience counts epochs strictly below
-    the best in a row. After every epoch everything is saved in `state/`; a run with a state goes on from there and
-    ends as an uninterrupted one would (bit for bit on the CPU).
+    the best in a row. After every epoch, every few minutes inside one and when it is interrupted, everything is saved
+    in `state/`; a run with a state goes on from there and ends as an uninterrupted one would (bit for bit on the CPU).
 
     Returns:
         where training stood at the end; `model` holds the last weights, not the best.
     """
-    plan = task.optimisation
-    optimizer = nadam(model, plan)
+    plan, world = task.optimisation, world or World()
+    trainer = Trainer(model, sequences, task, max_len=max_len, runtime=runtime, world=world, say=reporter.note)
     state_file = run.path / "state" / "training.safetensors"
-    progress = Progress()
+    progress = Progress(order_seed=torch.initial_seed())
     if state_file.is_file():
-        progress = load_state(state_file, model, optimizer)
-        reporter.note(f"going on after epoch {progress.epoch} of run {run.id}")
-    _rewrite_metrics(run, progress)
-    with SummaryWriter(str(run.path)) as board:
+        progress = load_state(state_file, trainer)
+        within = f" and {progress.targets_done:,} targets" if progress.targets_done else ""
+        reporter.note(f"going on after epoch {progress.epoch}{within} of run {run.id}")
+    elif world.size > 1:
+        # Dropout must differ between the processes; the order of the targets must not.
+        torch.manual_seed(torch.initial_seed() + world.rank)
+    book = _Book(run, progress) if world.first else None
+    with kept_signals() as interruption:
+        checkpoints = Checkpoints(state_file, trainer, runtime.save_minutes, interruption)
         while progress.epoch < plan.epochs and not progress.done:
             epoch = progress.epoch + 1
             start = time.perf_counter()
-            with reporter.stage(f"epoch {epoch}/{plan.epochs}", len(task.targets), "targets") as stage:
+            targets = epoch_targets(sequences, task, progress.order_seed, epoch)
+            with reporter.stage(f"epoch {epoch}/{plan.epochs}", len(targets), "targets") as stage:
                 try:
-                    loss = train_epoch(model, sequences, task, optimizer, max_len, number_format, stage.advance)
+                    loss = train_epoch(trainer, targets, progress, checkpoints, stage.advance)
                 except RunError:
                     state_file.unlink(missing_ok=True)  # a diverged run is not gone on with
                     raise
-                row = {"epoch": epoch, "loss": loss, "lr": optimizer.param_groups[0]["lr"]}
+                row = {"epoch": epoch, "loss": loss, "lr": trainer.optimizer.param_groups[0]["lr"]}
                 row["train_seconds"] = time.perf_counter() - start
                 scores = task.validate() if task.validate else {}
                 stage.advance(0, _status(loss, scores, task.metric))
-            for group in optimizer.param_groups:
+            for group in trainer.optimizer.param_groups:
                 group["lr"] *= plan.lr_decay
             row |= {"seconds": time.perf_counter() - start, "valid": scores}
             _judge(progress, task, epoch, scores)
-            progress.epoch = epoch
+            progress.epoch, progress.targets_done, progress.loss_sum = epoch, 0, 0.0
             progress.seconds += row["seconds"]
             progress.history.append(row)
-            if progress.best_epoch == epoch:
-                save_weights(run.weights, model.state_dict())
-            if task.save_every and epoch % task.save_every == 0:
-                save_weights(run.path / "checkpoints" / f"epoch-{epoch:03d}.safetensors", model.state_dict())
-            save_state(state_file, model, optimizer, progress)
-            _append_metrics(run, row)
-            _draw(board, row)
+            if book is not None:
+                if progress.best_epoch == epoch:
+                    save_weights(run.weights, model.state_dict())
+                if task.save_every and epoch % task.save_every == 0:
+                    save_weights(run.path / "checkpoints" / f"epoch-{epoch:03d}.safetensors", model.state_dict())
+            checkpoints.save(progress)
+            if book is not None:
+                book.enter(row)
+            interruption.obey()
+    if book is not None:
+        book.close()
     return progress
 
 
@@ -178,19 +318,27 @@ def _status(loss: float, scores: dict[str, float], metric: str) -> str:
     return "  ".join([f"loss {loss:.4f}", *(f"{name} {scores[name]:.4f}" for name in names)])
 
 
-def _rewrite_metrics(run: Run, progress: Progress) -> None:
-    """An epoch that was logged but not saved is trained again: keep only the saved rows."""
-    with written_whole(run.path / "metrics.jsonl") as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in progress.history), encoding="utf-8")
+class _Book:
+    """What a run writes down after every epoch: `metrics.jsonl` and TensorBoard events.
 
+    An epoch that was logged but not saved is trained again, so only the saved rows are kept at the start.
+    """
 
-def _append_metrics(run: Run, row: dict[str, object]) -> None:
-    with Path(run.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self.path = run.path / "metrics.jsonl"
+        with written_whole(self.path) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in progress.history), encoding="utf-8")
+        self.board = SummaryWriter(str(run.path))
 
+    def enter(self, row: dict[str, object]) -> None:
+        """Add one epoch."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        self.board.add_scalar("train/loss", row["loss"], row["epoch"])
+        self.board.add_scalar("train/seconds", row["train_seconds"], row["epoch"])
+        for name, value in dict(row["valid"]).items():  # type: ignore[call-overload]
+            self.board.add_scalar(f"valid/{name}", value, row["epoch"])
 
-def _draw(board: SummaryWriter, row: dict[str, object]) -> None:
-    board.add_scalar("train/loss", row["loss"], row["epoch"])
-    board.add_scalar("train/seconds", row["train_seconds"], row["epoch"])
-    for name, value in dict(row["valid"]).items():  # type: ignore[call-overload]
-        board.add_scalar(f"valid/{name}", value, row["epoch"])
+    def close(self) -> None:
+        """Write what is still kept back."""
+        self.board.close()

@@ -17,6 +17,7 @@ from mmm4rec_cli.settings.schema import Settings
 from mmm4rec_cli.training.loop import Task, fit
 from mmm4rec_cli.training.start import identity, machine, open_run, training_in
 from mmm4rec_cli.workspace import Workspace
+from mmm4rec_cli.world import join
 
 
 def pretrain(
@@ -42,8 +43,9 @@ def pretrain(
         raise DataError(f"{dataset.name} holds no user with two interactions", hint="add data")
     plan, seed = settings.pretrain, settings.runtime.seed if resume is None else resume.about["seeds"][0]
     about = identity("pretrain", dataset, model, [seed], None)
-    run = open_run(workspace, dataset, settings, about, resume)
-    with training_in(run, reporter or SilentReporter()) as log:
+    world = join(device)
+    run = open_run(workspace, dataset, settings, about, resume, world)
+    with training_in(run, reporter or SilentReporter(), world) as log:
         log.note(
             f"pre-train on {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
             f"{len(targets):,} targets; run {run.short_id}"
@@ -51,7 +53,7 @@ def pretrain(
         if plan.seeded:
             torch.manual_seed(seed)
         else:
-            torch.seed()
+            torch.manual_seed(world.first_says(torch.seed()))
         network = build_model(model, settings.model, dataset.model_features(settings.features.missing)).to(device)
         task = Task("pretrain", plan, targets=targets.to(device), in_batch=True, save_every=plan.save_every)
         progress = fit(
@@ -60,8 +62,9 @@ def pretrain(
             task,
             run,
             max_len=settings.model.max_len,
-            number_format=settings.runtime.precision,
+            runtime=settings.runtime,
             reporter=log,
+            world=world,
         )
         result = {
             "run": run.id,
@@ -80,8 +83,9 @@ def pretrain(
             "encoder": dataset.encoder,
             "encoder_fingerprint": dataset.features.fingerprint,
             "data_fingerprint": dataset.fingerprint,
-            **machine(device),
+            **machine(device, world),
         }
-        run.write("result.json", result)
-        shutil.rmtree(run.path / "state", ignore_errors=True)
+        if world.first:
+            run.write("result.json", result)
+            shutil.rmtree(run.path / "state", ignore_errors=True)
     return result

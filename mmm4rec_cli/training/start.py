@@ -13,11 +13,12 @@ import torch
 from mmm4rec_cli import __version__
 from mmm4rec_cli.data.dataset import Dataset
 from mmm4rec_cli.errors import RunError
-from mmm4rec_cli.reporter import Reporter
+from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.runs import Run, all_runs, new_run, save_catalogue
 from mmm4rec_cli.settings.schema import Settings
 from mmm4rec_cli.training.log import LoggedReporter
 from mmm4rec_cli.workspace import Workspace
+from mmm4rec_cli.world import World
 
 TRAINED_WITH = ("protocol", "data", "features", "model", "pretrain", "finetune")
 """Sections that belong to a run; `evaluate` and `runtime` belong to the invocation."""
@@ -39,9 +40,14 @@ def identity(command: str, dataset: Dataset, model: str, seeds: list[int], pretr
 
 
 def open_run(
-    workspace: Workspace, dataset: Dataset, settings: Settings, about: Mapping[str, Any], resume: Run | None
+    workspace: Workspace,
+    dataset: Dataset,
+    settings: Settings,
+    about: Mapping[str, Any],
+    resume: Run | None,
+    world: World | None = None,
 ) -> Run:
-    """The run to train in.
+    """The run to train in; with several processes the first one opens it for all.
 
     Args:
         workspace: where runs lie.
@@ -50,10 +56,19 @@ def open_run(
         about: see `identity`.
         resume: the run that was asked for, or None: an unfinished run of the same identity and settings that nobody
             trains in is gone on with, else a new one is made.
+        world: the processes that train in it.
 
     Raises:
         RunError: the run is finished, or of other data, features or seeds.
     """
+    world = world or World()
+    opened = _open(workspace, dataset, settings, about, resume).path if world.first else None
+    return Run(world.first_says(opened))
+
+
+def _open(
+    workspace: Workspace, dataset: Dataset, settings: Settings, about: Mapping[str, Any], resume: Run | None
+) -> Run:
     document = settings.model_dump(mode="json")
     if resume is not None:
         _check_resumable(resume, about)
@@ -70,10 +85,10 @@ def open_run(
     return run
 
 
-def seed_run(group: Run, seed: int, settings: Settings, dataset: Dataset) -> Run:
+def seed_run(group: Run, seed: int, settings: Settings, dataset: Dataset, world: World) -> Run:
     """The folder of one seed in a run over several, as whole as any run's."""
     run = Run(group.path / f"seed-{seed}")
-    if not (run.path / "run.json").is_file():
+    if world.first and not (run.path / "run.json").is_file():
         run.path.mkdir(exist_ok=True)
         run.write("settings.json", settings.model_dump(mode="json"))
         save_catalogue(run.path / "catalogue.parquet", dataset.raw_item_ids)
@@ -126,26 +141,35 @@ def _locked(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def training_in(run: Run, reporter: Reporter) -> Iterator[LoggedReporter]:
-    """Hold the run's lock and log to its `output.log`; a run that fails before its first whole epoch leaves nothing.
+def training_in(run: Run, reporter: Reporter, world: World) -> Iterator[Reporter]:
+    """Hold the run's lock and log to its `output.log`; a run that fails before anything was saved leaves nothing.
 
     Raises:
-        RunError: another process trains in it.
+        RunError: another training runs in it.
     """
+    if not world.first:
+        yield SilentReporter()
+        return
     with _locked(run):
         try:
             yield LoggedReporter(reporter, run.path / "output.log")
         except BaseException:
-            if not any(file.stat().st_size for file in run.path.glob("**/metrics.jsonl")):
+            if not _has_state(run) and not any(f.stat().st_size for f in run.path.glob("**/metrics.jsonl")):
                 shutil.rmtree(run.path)
             raise
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device, world: World) -> dict[str, Any]:
     """Hardware and versions for `result.json`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "hardware": {"device": device.type, "name": name, "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "hardware": {
+            "device": device.type,
+            "name": name,
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "processes": world.size,
+        },
         "versions": {
             "mmm4rec": __version__,
             "python": platform.python_version(),

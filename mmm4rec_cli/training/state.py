@@ -3,22 +3,31 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmm4rec_cli.errors import RunError
-from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.runs import save_weights
+
+if TYPE_CHECKING:
+    from mmm4rec_cli.training.loop import Trainer
 
 
 @dataclass
 class Progress:
-    """Where the training stands after a whole epoch."""
+    """Where the training stands."""
 
     epoch: int = 0
+    """Whole epochs."""
+    targets_done: int = 0
+    """Targets of the next epoch whose steps were taken."""
+    loss_sum: float = 0.0
+    """Their losses, those of this process."""
+    order_seed: int = 0
+    """What the order of the targets of every epoch follows from."""
     best_epoch: int = 0
     best_score: float = float("-inf")
     bad_epochs: int = 0
@@ -28,48 +37,64 @@ class Progress:
     done: bool = False
 
 
-def save_state(path: Path, model: SequenceModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write model, optimiser, random states and progress."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+def save_state(path: Path, trainer: "Trainer", progress: Progress) -> None:
+    """Write parameters, optimiser, random states of all processes and progress; the first process writes."""
+    device, world = trainer.device, trainer.world
+    random = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        random["random.cuda"] = torch.cuda.get_rng_state(device)
+    own = world.gathered((random, progress.loss_sum))
+    if not world.first:
+        return
+    tensors = {f"{name}.{rank}": tensor for rank, (states, _) in enumerate(own) for name, tensor in states.items()}
+    tensors["parameters"] = trainer.parameters.values.detach()
+    for name, value in trainer.optimizer.state_dict()["state"].get(0, {}).items():
+        tensors[f"optimizer.{name}"] = value
     document = {**vars(progress), "best_score": None if progress.best_epoch == 0 else progress.best_score}
-    document["lr"] = [group["lr"] for group in optimizer.param_groups]
+    document |= {
+        "loss_sum": [loss for _, loss in own],
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "layout": trainer.parameters.layout,
+        "processes": world.size,
+    }
     save_weights(path, tensors, {"progress": json.dumps(document)})
 
 
-def load_state(path: Path, model: SequenceModel, optimizer: torch.optim.Optimizer) -> Progress:
-    """Bring model, optimiser and random states back; return where training stood.
+def load_state(path: Path, trainer: "Trainer") -> Progress:
+    """Bring parameters, optimiser and random states back; return where training stood.
 
     Raises:
-        RunError: the file is missing, damaged, or of another model.
+        RunError: the file is missing, damaged, of another model or of another number of processes.
     """
     try:
         with safe_open(path, framework="pt") as file:
             document = json.loads(file.metadata()["progress"])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        layout, processes = [tuple(each) for each in document.pop("layout")], document.pop("processes")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} cannot be resumed from: {error}", hint="train again without --resume") from None
-    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    own = model.state_dict()
-    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in own.items()}:
+    world, parameters, optimizer = trainer.world, trainer.parameters, trainer.optimizer
+    if layout != parameters.layout:
         raise RunError(f"{path} belongs to another model", hint="resume with the run's own data and settings")
-    model.load_state_dict(weights)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
+    if processes != world.size:
+        raise RunError(
+            f"{path} was written by {processes} processes, this training has {world.size}",
+            hint=f"resume with torchrun --nproc-per-node {processes}, or train again without --resume",
+        )
+    with torch.no_grad():
+        parameters.values.copy_(tensors["parameters"])
+    state = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
     groups = optimizer.state_dict()["param_groups"]
-    for group, lr in zip(groups, document.pop("lr"), strict=True):
-        group["lr"] = lr
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    groups[0]["lr"] = document.pop("lr")
+    optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
+    for name in ("step", "mu_product"):
+        # Loading casts what belongs to a parameter to its dtype and device; these two are numbers.
+        if name in state:
+            optimizer.state[parameters.values][name] = state[name]
+    torch.set_rng_state(tensors[f"random.cpu.{world.rank}"])
+    if trainer.device.type == "cuda" and f"random.cuda.{world.rank}" in tensors:
+        torch.cuda.set_rng_state(tensors[f"random.cuda.{world.rank}"], trainer.device)
     if document["best_score"] is None:
         document["best_score"] = float("-inf")
+    document["loss_sum"] = document["loss_sum"][world.rank]
     return Progress(**document)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmm4rec_cli.data.sequences import Windows
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.models.published import published_name
 from mmm4rec_cli.settings import Settings
@@ -60,8 +61,8 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 def deviation(got: Tensor, want: Tensor) -> float:
     """The larger of ‖Δ‖/‖want‖ and max|Δ|/max|want|."""
-    got, want = got.detach().double(), want.double()
-    delta = got - want
+    want = want.double()
+    delta = got.detach().double().view_as(want) - want
     return max(float(delta.norm() / want.norm()), float(delta.abs().max() / want.abs().max()))
 
 
@@ -80,11 +81,14 @@ def recorded(model: MMM4Rec, golden: Golden, monkeypatch: pytest.MonkeyPatch) ->
         model.gaps.register_forward_pre_hook(lambda module, inputs: calls["gaps.raw"].append(inputs[0]))
         model.gaps.register_forward_hook(keep("gaps.ln"))
     for i, layer in enumerate(model.layers):
-        for part in ("ssd", "cross_ssd", "text_norm", "image_norm", "cross_norm", "text_ffn", "image_ffn", "filter"):
+        for part in ("ssd", "cross_ssd", "cross_norm", "text_ffn", "image_ffn", "filter"):
             module = getattr(layer, part)
             if module is not None:
                 module.register_forward_hook(keep(f"{i}.{part}"))
-        layer.register_forward_hook(keep(f"{i}"))
+        # The norms of both modalities are one operation: what they give is what the next module is given.
+        for part in ("text_ffn", "cross_ssd"):
+            module = getattr(layer, part)
+            module.register_forward_pre_hook(lambda m, inputs, name=f"{i}.{part}.given": calls[name].append(inputs[0]))
     scan = composed.ssd
 
     def recording_scan(x, dt, *args, **kwargs):
@@ -104,14 +108,18 @@ def recorded(model: MMM4Rec, golden: Golden, monkeypatch: pytest.MonkeyPatch) ->
         mid["time_diff_raw"], mid["time_diff_ln"] = calls["gaps.raw"][0], calls["gaps.ln"][0]
     scans = iter(calls["scan"])
     for i in range(len(model.layers)):
-        for block in ("enc.ssd", "dec.ssd", "dec.co_ssd"):
-            mid[f"L{i}.{block}.kernel.dt"], mid[f"L{i}.{block}.kernel.y"] = next(scans)
-        (mid[f"L{i}.enc.ssd_out"], enc_time), (mid[f"L{i}.dec.ssd_out"], dec_time) = calls[f"{i}.ssd"]
-        mid[f"L{i}.enc.ssd_time_out"] = mid[f"L{i}.encoder_time_out"] = enc_time
-        mid[f"L{i}.dec.ssd_time_out"] = mid[f"L{i}.decoder_time_out"] = dec_time
-        mid[f"L{i}.enc.after_ssd_norm"] = calls[f"{i}.text_norm"][0]
+        # The two modalities go through the shared block together: image first, text last.
+        out, stream = calls[f"{i}.ssd"][0]
+        (dt, y), (mid[f"L{i}.dec.co_ssd.kernel.dt"], mid[f"L{i}.dec.co_ssd.kernel.y"]) = next(scans), next(scans)
+        for block, part in (("dec", 0), ("enc", -1)):
+            mid[f"L{i}.{block}.ssd.kernel.dt"], mid[f"L{i}.{block}.ssd.kernel.y"] = dt.chunk(2)[part], y.chunk(2)[part]
+            mid[f"L{i}.{block}.ssd_out"] = out[part]
+            mid[f"L{i}.{block}.ssd_time_out"] = mid[f"L{i}.{block}oder_time_out"] = (
+                None if stream is None else stream[part]
+            )
+        mid[f"L{i}.enc.after_ssd_norm"] = calls[f"{i}.text_ffn.given"][0]
         mid[f"L{i}.encoder_out"] = calls[f"{i}.text_ffn"][0]
-        mid[f"L{i}.dec.after_ssd_norm"] = calls[f"{i}.image_norm"][0]
+        mid[f"L{i}.dec.after_ssd_norm"] = calls[f"{i}.cross_ssd.given"][0]
         mid[f"L{i}.dec.co_time"] = calls[f"{i}.filter"][0] if calls[f"{i}.filter"] else None
         mid[f"L{i}.dec.co_ssd_out"] = calls[f"{i}.cross_ssd"][0]
         mid[f"L{i}.dec.after_co_norm"] = calls[f"{i}.cross_norm"][0]
@@ -131,6 +139,13 @@ def outputs(model: MMM4Rec, golden: Golden, user: Tensor) -> dict[str, Tensor]:
         "scores_inbatch": user @ model.item_table(labels).T,
         "loss_inbatch": model.loss(user, labels, in_batch=True),
     }
+
+
+def packed_users(model: MMM4Rec, golden: Golden, spare: int = 0) -> Tensor:
+    """User vectors computed on the real places alone, and `spare` more that nobody reads."""
+    items, lengths, times = golden.inputs()
+    windows = Windows(items, lengths, times, golden.tensors["in/labels"], rows=int(lengths.sum()) + spare)
+    return model.users(windows)
 
 
 def gradients(model: MMM4Rec, loss: Tensor) -> dict[str, Tensor]:
@@ -156,9 +171,17 @@ def test_float64_outputs_and_intermediates_equal_the_published_ones(golden, monk
     assert torch.equal(ranks, golden.tensors["out/label_rank0"])
 
 
-def test_float64_gradients_equal_the_published_ones(golden):
+@pytest.mark.parametrize("spare", [0, 1, 13])
+def test_without_padding_the_user_vectors_are_the_same(golden, spare):
     model = golden.model(torch.float64).eval()
-    user = model(*golden.inputs())
+    with torch.no_grad():
+        assert deviation(packed_users(model, golden, spare), golden.tensors["out/seq_output"]) < 1e-9
+
+
+@pytest.mark.parametrize("path", ["padded", "packed"])
+def test_float64_gradients_equal_the_published_ones(golden, path):
+    model = golden.model(torch.float64).eval()
+    user = model(*golden.inputs()) if path == "padded" else packed_users(model, golden, spare=5)
     losses = outputs(model, golden, user)
     for kind, loss in (("grad/", losses["loss_full"]), ("grad_inbatch/", losses["loss_inbatch"])):
         wanted = {k.removeprefix(kind): v for k, v in golden.tensors.items() if k.startswith(kind)}

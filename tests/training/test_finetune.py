@@ -191,14 +191,14 @@ def test_several_seeds_give_mean_and_deviation(workspace, make_domain, small_set
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(workspace, make_domain, small_settings, monkeypatch):
     make_domain()
-    loss = MMM4Rec.loss
+    loss = MMM4Rec.training_loss
     calls = []
 
     def broken(self, *args, **kwargs):
         calls.append(1)
         return loss(self, *args, **kwargs) * (float("nan") if len(calls) > 40 else 1)
 
-    monkeypatch.setattr(MMM4Rec, "loss", broken)
+    monkeypatch.setattr(MMM4Rec, "training_loss", broken)
     with pytest.raises(RunError, match="the loss became nan"):
         finetune(workspace, "ring", small_settings(finetune={"epochs": 30}), pretrained="none")
     run = next(all_runs(workspace, "finetune"))

@@ -1,13 +1,18 @@
 """One epoch: which steps are taken, and on which gradient."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from mmm4rec_cli.data.dataset import load_dataset
 from mmm4rec_cli.models.registry import build_model
-from mmm4rec_cli.training.loop import Task, nadam, train_epoch
+from mmm4rec_cli.settings import Settings
+from mmm4rec_cli.training.interrupt import Interruption
+from mmm4rec_cli.training.loop import Checkpoints, Task, Trainer, epoch_targets, train_epoch
+from mmm4rec_cli.training.optimizer import FlatParameters, nadam
+from mmm4rec_cli.training.state import Progress
 
 
 class Recording(torch.optim.SGD):
@@ -37,11 +42,12 @@ def plain(workspace, make_domain, small_settings):
 def epoch(plain, **plan):
     model, sequences, targets, settings = plain
     task = Task("finetune", settings.finetune.model_copy(update=plan), targets=targets, in_batch=False)
-    optimizer = Recording(model)
-    torch.manual_seed(5)
-    loss = train_epoch(model, sequences, task, optimizer, settings.model.max_len, "fp32", lambda n: None)
-    torch.manual_seed(5)
-    return loss, optimizer.steps, targets[torch.randperm(len(targets))]
+    trainer = Trainer(model, sequences, task, max_len=settings.model.max_len, runtime=settings.runtime)
+    trainer.optimizer = optimizer = Recording(model)
+    order = epoch_targets(sequences, task, 5, 1)
+    checkpoints = Checkpoints(Path("unused"), trainer, minutes=1e9, interruption=Interruption())
+    loss = train_epoch(trainer, order, Progress(), checkpoints, lambda n: None)
+    return loss, optimizer.steps, order
 
 
 def gradient(plain, positions):
@@ -83,13 +89,13 @@ def test_nadam_moves_as_the_published_formula(plain):
     plan = settings.finetune
     parameter = dict(model.named_parameters())["text.adapter.weight"]
     theta = parameter.detach().clone()
-    optimizer = nadam(model, plan)
+    flat = FlatParameters(model)
+    optimizer = nadam(flat.values, plan)
     m, v, product = torch.zeros_like(theta), torch.zeros_like(theta), 1.0
     for k in range(1, 4):
         grad = torch.randn_like(theta)
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        parameter.grad = grad.clone()
+        flat.clear()
+        parameter.grad.copy_(grad)
         optimizer.step()
         g = grad + plan.weight_decay * theta
         mu, following = (0.9 * (1 - 0.5 * 0.96 ** (j * 0.004)) for j in (k, k + 1))
@@ -125,3 +131,82 @@ def test_only_the_published_validation_draws_from_the_training_stream(
     assert [ordered for ordered, _ in shuffled_states] == [True, False, False]
     assert not torch.equal(plain_states[0][1], shuffled_states[0][1])
     assert corrected["metrics"] == published["metrics"]
+
+
+def test_flat_parameters_are_the_models_own(plain):
+    model = plain[0]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flat = FlatParameters(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with torch.no_grad():
+        flat.values.add_(1)
+    assert all(torch.equal(p, before[name] + 1) for name, p in model.named_parameters())
+    model.load_state_dict(before, strict=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert float(flat.values.detach().sum()) != 0
+    sum(p.sum() for p in model.parameters()).backward()
+    assert int(flat.gradient.sum()) == sum(size for _, size in flat.layout)
+
+
+def test_flat_nadam_moves_every_parameter_as_torch_does_one_by_one(plain, small_settings):
+    from copy import deepcopy
+
+    model, plan = plain[0], plain[3].finetune
+    other = deepcopy(model)
+    flat = FlatParameters(model)
+    ours = nadam(flat.values, plan)
+    theirs = torch.optim.NAdam(
+        other.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, momentum_decay=plan.momentum_decay
+    )
+    for _ in range(3):
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            a.grad.copy_(torch.randn_like(a))
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_number_of_prefixes_draws_that_many_targets_of_each_user(plain):
+    _, sequences, targets, settings = plain
+    whole = Task("finetune", settings.finetune, targets=targets, in_batch=False)
+    drawn = Task("finetune", settings.finetune.model_copy(update={"prefixes": 2}), targets=targets, in_batch=False)
+    assert torch.equal(epoch_targets(sequences, whole, 1, 1).sort().values, targets)
+    first, again, later = (epoch_targets(sequences, drawn, 1, e) for e in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    counts = sequences.users_of(targets).bincount()
+    for order in (first, later):
+        assert len(order.unique()) == len(order)
+        assert torch.isin(order, targets).all()
+        assert torch.equal(sequences.users_of(order).bincount(minlength=len(counts)), counts.clamp(max=2))
+    assert not torch.equal(first, first.sort().values), "users are meant to be mixed"
+
+
+def test_prefixes_are_a_number_or_all():
+    assert Settings.model_validate({"finetune": {"prefixes": 3}}).finetune.prefixes == 3
+    with pytest.raises(ValueError):
+        Settings.model_validate({"finetune": {"prefixes": "some"}})
+    with pytest.raises(ValueError):
+        Settings.model_validate({"finetune": {"prefixes": 0}})
+
+
+def test_the_catalogue_shared_by_both_ends_changes_no_gradient(plain):
+    model, sequences, targets, settings = plain
+    windows = sequences.windows(targets[:40], settings.model.max_len, with_target_time=False)
+    flat = FlatParameters(model)
+    losses = []
+    for rows in (None, int(windows.lengths_B.sum()), int(windows.lengths_B.sum()) + 7):
+        flat.clear()
+        loss = model.training_loss(
+            sequences.windows(targets[:40], settings.model.max_len, with_target_time=False, rows=rows)
+        )
+        loss.backward()
+        losses.append((loss.item(), flat.gradient.clone()))
+    flat.clear()
+    plain_loss = model.loss(model(windows.items_BT, windows.lengths_B, windows.timestamps_BT), windows.target_B)
+    plain_loss.backward()
+    for loss, gradient in losses:
+        assert loss == pytest.approx(plain_loss.item(), rel=1e-12)
+        torch.testing.assert_close(gradient, flat.gradient, rtol=1e-9, atol=1e-13)

@@ -1,0 +1,80 @@
+"""Where the places of a batch lie in memory: as a grid with padding, or the real ones alone, one behind the other.
+
+Everything in a model that looks at one place at a time works on rows, [S, ...]. Letters: B users, T places (max_len),
+S rows, n streams that share a block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places of one batch as rows."""
+
+    users: int
+    length: int
+    last_B: Tensor
+    """The row of each user's last real place, int64."""
+    slot_S: Tensor | None = None
+    """For each row its place in the flattened grid [B T], int64; None: the rows are the grid itself."""
+    offsets: Tensor | None = None
+    """First row of each sequence and, last, S; int32. Behind the users' sequences stand those that fill up S."""
+
+    @classmethod
+    def padded(cls, lengths_B: Tensor, length: int) -> "Places":
+        """All T places of every user, padding included: S = B T."""
+        users = lengths_B.shape[0]  # len() would be a constant in an exported program
+        first_B = torch.arange(users, device=lengths_B.device) * length
+        return cls(users, length, first_B + lengths_B - 1)
+
+    @classmethod
+    def packed(cls, lengths_B: Tensor, length: int, rows: int) -> "Places":
+        """The real places alone.
+
+        What is left of `rows` is filled with copies of the first user's first place, cut into sequences of at most T.
+        Nothing reads them, so no gradient comes from them. Shapes follow from the arguments' shapes and numbers, never
+        from the lengths, so that the work can be recorded as a CUDA graph.
+
+        Args:
+            lengths_B: real places, int64, 1 to `length`.
+            length: T.
+            rows: S, at least the sum of the lengths and at most B T.
+        """
+        users = len(lengths_B)
+        ends_B = lengths_B.cumsum(0)
+        row_S = torch.arange(rows, device=lengths_B.device)
+        owner_S = torch.searchsorted(ends_B, row_S, right=True)
+        starts_B = ends_B - lengths_B
+        real_S = row_S < ends_B[-1]
+        slot_S = owner_S * length + row_S - F.pad(starts_B, (0, 1))[owner_S]
+        # The filling is shorter than the whole, which holds at least one row a user.
+        fill_Q = torch.arange(1, (rows - users) // length + 2, device=lengths_B.device) * length
+        offsets = torch.cat([starts_B, ends_B[-1:], (ends_B[-1] + fill_Q).clamp(max=rows)])
+        return cls(users, length, ends_B - 1, torch.where(real_S, slot_S, 0), offsets.int())
+
+    def rows(self, grid: Tensor) -> Tensor:
+        """[..., B, T, C] to [..., S, C]."""
+        flat = grid.flatten(-3, -2)
+        return flat if self.slot_S is None else flat.index_select(-2, self.slot_S)
+
+    def ids(self, items_BT: Tensor) -> Tensor:
+        """Item ids [B, T] to [S]."""
+        flat = items_BT.flatten()
+        return flat if self.slot_S is None else flat[self.slot_S]
+
+    def sequences(self, streams_nSC: Tensor) -> Tensor:
+        """[n, S, C] as the kernels take sequences: [n B, T, C], or [1, n S, C] with `offsets_of(n)`."""
+        if self.offsets is None:
+            return streams_nSC.reshape(-1, self.length, streams_nSC.shape[-1])
+        return streams_nSC.reshape(1, -1, streams_nSC.shape[-1])
+
+    def offsets_of(self, streams: int) -> Tensor | None:
+        """The offsets of the sequences of n streams, one stream behind the other; None for a grid."""
+        if self.offsets is None or self.slot_S is None or streams == 1:
+            return self.offsets
+        shifts = range(0, streams * len(self.slot_S), len(self.slot_S))
+        return torch.cat([self.offsets[:1], *(self.offsets[1:] + shift for shift in shifts)])

@@ -1,0 +1,162 @@
+"""One micro-batch: windows, loss and gradients, on a GPU as recorded CUDA graphs.
+
+Letters: B targets of the micro-batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmm4rec_cli.data.sequences import Sequences, Windows
+from mmm4rec_cli.device import precision
+from mmm4rec_cli.models.interface import SequenceModel
+from mmm4rec_cli.world import World
+
+ROWS_A_STEP = 2
+"""Rows are rounded up to a multiple of B / 2, so that few shapes occur and a recorded graph serves many batches."""
+
+
+def rounded_rows(places: int, batch: int, max_len: int) -> int:
+    """Rows to compute for so many real places: a multiple of B / 2, at most B T."""
+    step = max(1, batch // ROWS_A_STEP)
+    return min(-(-places // step) * step, batch * max_len)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one process computes of a micro-batch."""
+
+    positions_B: Tensor
+    """Flat positions of its own targets."""
+    candidates_C: Tensor | None
+    """Flat positions of the whole micro-batch's targets, where they are the candidates; else None."""
+    places: int
+    """Sum of the lengths of its own windows."""
+    weight: float
+    """Factor on the mean loss of its own targets."""
+
+
+class Gradients:
+    """Adds the gradient of a micro-batch's loss to the parameters' and returns the loss.
+
+    On a GPU the whole of it, from gathering windows to the last gradient, is recorded once for each number of targets
+    and rows and then replayed: the same kernels in the same order, without the host's work. What cannot be recorded
+    runs as it is.
+
+    Args:
+        model: in training mode, on the device of the targets; its parameters have gradients to add to.
+        sequences: where windows are gathered, on the same device, or on the CPU if it is too large for it.
+        in_batch: candidates are the targets of the whole micro-batch.
+        max_len: T.
+        number_format: `runtime.precision`.
+        device: where the model is.
+        world: the processes that share a micro-batch.
+        graphs: record CUDA graphs.
+        say: takes a line when recording fails.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        sequences: Sequences,
+        *,
+        in_batch: bool,
+        max_len: int,
+        number_format: str,
+        device: torch.device,
+        world: World | None = None,
+        graphs: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.model, self.sequences = model, sequences
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.totals = [p.grad for p in self.parameters if p.grad is not None]
+        self.in_batch, self.max_len, self.number_format = in_batch, max_len, number_format
+        self.device, self.world = device, world or World()
+        self.graphs = graphs and device.type == "cuda" and sequences.items_N.is_cuda
+        self.say = say
+        self._recorded: dict[tuple[int, int, int], _Recorded] = {}
+        self._pool: Any = None
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """The mean loss of the micro-batch's own targets, float64; on a GPU it may not be computed yet."""
+        users = len(batch.positions_B)
+        rows = rounded_rows(batch.places, users, self.max_len) if self.graphs else batch.places
+        if not self.graphs:
+            weight = torch.tensor(batch.weight, dtype=torch.float64, device=self.device)
+            return self._compute(batch.positions_B, batch.candidates_C, weight, rows)
+        candidates = 0 if batch.candidates_C is None else len(batch.candidates_C)
+        recorded = self._recorded.get((users, candidates, rows))
+        if recorded is None:
+            recorded = self._record(batch, rows)
+            if recorded is None:
+                return self(batch)
+            self._recorded[users, candidates, rows] = recorded
+        return recorded.replay(batch)
+
+    def _compute(self, positions_B: Tensor, candidates_C: Tensor | None, weight: Tensor, rows: int) -> Tensor:
+        windows = self.sequences.windows(
+            positions_B, self.max_len, with_target_time=self.model.reads_target_time, rows=rows
+        )
+        windows = self._shared(windows, candidates_C).to(self.device)
+        with precision(self.number_format, self.device):
+            loss = self.model.training_loss(windows, in_batch=self.in_batch)
+        gradients = torch.autograd.grad(loss * weight.to(loss.dtype), self.parameters, allow_unused=True)
+        # One operation for all parameters; accumulating each on its own costs a kernel a parameter.
+        found = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        torch._foreach_add_([self.totals[i] for i in found], [gradients[i] for i in found])
+        return loss.detach().double()
+
+    def _shared(self, windows: Windows, candidates_C: Tensor | None) -> Windows:
+        if candidates_C is None:
+            return windows
+        share = self.world.share(len(candidates_C))
+        return windows.among(self.sequences.items_N[candidates_C].long(), share.start)
+
+    def _record(self, batch: MicroBatch, rows: int) -> "_Recorded | None":
+        """Record a graph; the parameters' gradients and the random state are left as they were."""
+        positions = batch.positions_B.clone()
+        candidates = None if batch.candidates_C is None else batch.candidates_C.clone()
+        weight = torch.zeros((), dtype=torch.float64, device=self.device)
+        random = torch.cuda.get_rng_state(self.device)
+        try:
+            if self._pool is None:
+                # Once as it is, so that nothing is set up while recording; with weight 0 it adds 0 to the gradients.
+                side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    self._compute(positions, candidates, weight, rows)
+                torch.cuda.current_stream().wait_stream(side)
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                loss = self._compute(positions, candidates, weight, rows)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.graphs = False
+            self.say(f"training without CUDA graphs, which is slower: {str(error).splitlines()[0]}")
+            return None
+        finally:
+            torch.cuda.set_rng_state(random, self.device)
+        return _Recorded(graph, positions, candidates, weight, loss)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    positions_B: Tensor
+    candidates_C: Tensor | None
+    weight: Tensor
+    loss: Tensor
+
+    def replay(self, batch: MicroBatch) -> Tensor:
+        self.positions_B.copy_(batch.positions_B, non_blocking=True)
+        if self.candidates_C is not None and batch.candidates_C is not None:
+            self.candidates_C.copy_(batch.candidates_C, non_blocking=True)
+        self.weight.fill_(batch.weight)
+        self.graph.replay()
+        return self.loss.clone()
