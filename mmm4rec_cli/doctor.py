@@ -138,7 +138,15 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
     """A small call of each operation at the published sizes: backend -> result."""
     import torch
 
-    from mmm4rec_kernels import causal_conv1d, gated_rms_norm, ssd, ssd_block
+    from mmm4rec_kernels import (
+        causal_conv1d,
+        compare_counts,
+        gated_rms_norm,
+        lookup,
+        softmax_cross_entropy,
+        ssd,
+        ssd_block,
+    )
 
     n_sequences, length, heads, head_dim, groups, state, taps, eps = 2, 20, 8, 64, 8, 64, 4, 1e-12
     width = heads * head_dim
@@ -154,6 +162,7 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
     columns, weight, bias = normal(n_sequences, length, channels), normal(channels, taps), normal(channels)
     y, z, norm_weight = normal(n_sequences, length, width), normal(n_sequences, length, width), normal(width)
     projected = normal(n_sequences, length, width + channels + heads)
+    query, table, target = normal(length, width), normal(channels, width), torch.arange(length, device=device)
     return {
         "ssd": lambda backend: ssd(x, dt, decay, b, c, D=skip, dt_bias=dt_bias, backend=backend),
         "causal_conv1d": lambda backend: causal_conv1d(columns, weight, bias, activation="silu", backend=backend),
@@ -170,6 +179,9 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
             eps=eps,
             backend=backend,
         ),
+        "softmax_cross_entropy": lambda backend: softmax_cross_entropy(query, table, target, backend=backend),
+        "lookup": lambda backend: lookup(table, target, backend=backend),
+        "compare_counts": lambda backend: torch.stack(compare_counts(table, table[:, 0], backend=backend)),
     }
 
 

@@ -1,8 +1,9 @@
 """Scans, convolutions and norms of state-space models, and scores against a table, on whatever machine is at hand.
 
 One public function an operation, each with the same numbers on every backend: `ssd`, `causal_conv1d`, `gated_rms_norm`
-and `ssd_block`, which is all three and what lies between them; `softmax_cross_entropy`, `lookup` and `compare_counts`.
-What stands between the blocks of a network is `residual_norm`, `hardswish_dropout` and `linear`.
+and `ssd_block`, which is all three and what lies between them.
+What stands between them in a network is `residual_norm`, `hardswish_dropout` and `linear`; what stands behind it
+`softmax_cross_entropy`, `lookup` and `compare_counts`.
 `backends()` says what can run here and why the rest cannot.
 """
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.scoring import reference
 from mmm4rec_kernels.scoring.ops import keeps
 
 BLOCK = 1 << 23
 """Scores of one block where they are not kept."""
 CACHED = 1 << 20
 """Scores worked on at once: they should stay in the processor's cache."""
+EXACT = 1 << 24
+"""Up to here float32 counts without loss."""
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -100,5 +103,11 @@ def lookup(table_VD: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
 
 def compare_counts(score_BV: torch.Tensor, own_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.compare_counts`."""
-    own_B1 = own_B[:, None]
-    return torch.count_nonzero(score_BV > own_B1, 1), torch.count_nonzero(score_BV == own_B1, 1)
+    if score_BV.shape[1] > EXACT:
+        return reference.compare_counts(score_BV, own_B)
+    # Comparisons written as float32 and summed go through vector registers; booleans are counted one by one.
+    flag_BV = torch.empty(score_BV.shape, dtype=torch.float32, device=score_BV.device)
+    above_B, equal_B = (
+        compare(score_BV, own_B[:, None], out=flag_BV).sum(1).long() for compare in (torch.gt, torch.eq)
+    )
+    return above_B, equal_B
