@@ -44,7 +44,7 @@ def download(
         typer.Option(
             help="address that serves categoryFilesSmall/ and metaFiles2/, tried first (repeatable)",
             metavar="URL",
-            show_default="data.mirrors = none",
+            show_default="those of data.mirrors",
         ),
     ] = None,
     from_dir: Annotated[

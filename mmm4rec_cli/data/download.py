@@ -196,7 +196,7 @@ def check_downloads(workspace: Workspace, domains: Iterable[str] | None = None) 
     found: list[dict[str, Any]] = []
     problems: list[str] = []
     for folder in folders:
-        for name, entry in _seen(folder).items():
+        for name, entry in sorted(_seen(folder).items()):
             path = folder / name
             if not path.is_file():
                 problems.append(f"{path}: written down in {RECORD}, but gone")

@@ -390,13 +390,16 @@ class Fetcher:
                 self._discard(part)
                 raise Stumbled("HTTP 206 with another range or version than the one asked for")
             if not going_on:
-                if have and part.promised == have and _version(answer) == version:
-                    return True  # whole before; the server knows no ranges, or none behind the end
+                offered = answer.headers.get("Content-Length")
+                if have and part.promised == have and _version(answer) == version and offered == str(have):
+                    return True  # whole before; the server knows no ranges
                 self._advance(-have)
                 part.begin(url, _version(answer))
                 have = 0
             length = answer.headers.get("Content-Length", "")
             total = have + int(length) if length.isdecimal() else None
+            if going_on and total == have:
+                raise Stumbled("HTTP 206 without a byte")
             if total is not None and wanted.size is not None and total != wanted.size:
                 raise Stumbled(f"{total} bytes are offered, {wanted.size} are published")
             part.promised = total
@@ -405,7 +408,7 @@ class Fetcher:
         self._disk.release(part.file)
         if total is not None and part.size != total:
             raise Stumbled(f"{part.size} of {total} bytes came")
-        if wanted.size == part.size or part.size == have:
+        if wanted.size == part.size:
             return True
         # A server may have promised too little. One that knows ranges is asked until it says that this is all.
         ranges = going_on or answer.headers.get("Accept-Ranges") == "bytes"

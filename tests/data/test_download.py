@@ -268,6 +268,12 @@ def test_a_wrong_length_is_found_out(workspace, mirror, difference):
     check_whole(workspace)
 
 
+def test_a_wrong_length_is_found_out_where_the_next_answer_knows_no_ranges(workspace, mirror):
+    mirror.faults[CSV] = [promise(-22), without_ranges, promise(-30_000), promise(-40_000)]
+    fetched(workspace, mirror)
+    check_whole(workspace)
+
+
 def test_redirects_are_followed_and_endless_ones_are_not(workspace, mirror):
     mirror.faults[CSV] = [redirect]
     fetched(workspace, mirror, kinds=["ratings"])
