@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from mmm4rec_cli.data import raw
-from mmm4rec_cli.data.columns import IMAGE, IMAGE_URL, ITEM_ID, RAW_ITEM_ID, TEXT, TITLE
+from mmm4rec_cli.data.columns import CATEGORIES, IMAGE, IMAGE_URL, ITEM_ID, RAW_ITEM_ID, TEXT, TITLE
 from mmm4rec_cli.data.interactions import format_of, read_jsonl, read_parquet, require_columns
 from mmm4rec_cli.data.tables import image_entry
 from mmm4rec_cli.errors import DataError
@@ -32,6 +32,7 @@ _AMAZON_FIELDS: dict[str, Any] = {
     "imageURLHighRes": pl.List(pl.String),
     "imageURL": pl.List(pl.String),
     "image": pl.List(pl.String),
+    "category": pl.List(pl.String),
 }
 _OWN_HINT = "mend the table, or name its columns with --set data.columns.text=NAME (item_id, title, image alike)"
 
@@ -118,6 +119,7 @@ def read_metadata(path: Path, rated: pl.Series, wanted: pl.Series, hint: str) ->
         pl.col(DESCRIPTION).list.join(" ", ignore_nulls=True),
         pl.lit(None, pl.String).alias(IMAGE),
         pl.coalesce(urls).alias(IMAGE_URL),
+        pl.col("category").alias(CATEGORIES),
     )
     return Metadata(
         known=distinct.filter(distinct.is_in(rated.implode())),
@@ -208,8 +210,8 @@ def with_texts(frame: pl.DataFrame) -> pl.DataFrame:
         frame: `item_id`, `image`, `image_url` and any of `text`, `title`, `brand`, `description` (all String).
 
     Returns:
-        `raw_item_id`, `title`, `text`, `image`, `image_url`. A usable text of the item's own is taken as it is, else
-        the parts are joined (MARKERS); null where nothing usable remains.
+        `raw_item_id`, `title`, `text`, `image`, `image_url` and, if there, `categories`. A usable text of
+        the item's own is taken as it is, else the parts are joined (MARKERS); null where nothing usable remains.
     """
     parts = {name: clean(frame[name]) for name in (TEXT, *MARKERS) if name in frame.columns}
     title = parts.get(TITLE, pl.repeat(None, frame.height, dtype=pl.String, eager=True)).alias(TITLE)
@@ -225,7 +227,8 @@ def with_texts(frame: pl.DataFrame) -> pl.DataFrame:
         joined = pl.concat_str(marked, separator=" ", ignore_nulls=True)
         texts.append(pl.when(joined != "").then(joined))
     text = cleaned.select(pl.coalesce(texts).alias(TEXT))[TEXT]
-    return pl.DataFrame([frame[ITEM_ID].alias(RAW_ITEM_ID), title, text, frame[IMAGE], frame[IMAGE_URL]])
+    kept = [frame[name] for name in (IMAGE, IMAGE_URL, CATEGORIES) if name in frame.columns]
+    return pl.DataFrame([frame[ITEM_ID].alias(RAW_ITEM_ID), title, text, *kept])
 
 
 def clean(texts: pl.Series) -> pl.Series:

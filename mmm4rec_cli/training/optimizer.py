@@ -1,4 +1,4 @@
-"""NAdam over all parameters of a model as one tensor."""
+"""NAdam or Adam over all parameters of a model as one tensor."""
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,21 @@ class FlatParameters:
     def clear(self) -> None:
         """Set all gradients to zero."""
         self.gradient.zero_()
+
+
+def optimizer_of(values: Tensor, optimisation: Optimisation) -> torch.optim.Optimizer:
+    """The optimiser that the settings name; weight decay is coupled and acts on everything."""
+    if optimisation.optimizer == "nadam":
+        return nadam(values, optimisation)
+    return torch.optim.Adam(
+        [values],
+        lr=optimisation.lr,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=optimisation.weight_decay,
+        foreach=True,
+        capturable=values.is_cuda,
+    )
 
 
 def nadam(values: Tensor, optimisation: Optimisation) -> torch.optim.NAdam:
