@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,10 @@ def test_quickstart_ends_with_a_metric(tmp_path, capsys):
     assert "NDCG@10 on test" in capsys.readouterr().out
     popular = result["yardsticks"]["popularity"]["test"]["NDCG@10"]
     assert result["metrics"]["test"]["NDCG@10"] > popular
+
+
+def test_the_benchmark_of_the_tables_ends_with_equal_rows(tmp_path):
+    script = EXAMPLES / "benchmarks" / "preprocess.py"
+    words = [sys.executable, str(script), "--share", "0.001", "--folder", str(tmp_path / "mix")]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert "rows equal" in done.stdout

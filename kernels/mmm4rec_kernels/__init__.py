@@ -2,6 +2,7 @@
 
 One public function an operation, each with the same numbers on every backend: `ssd`, `causal_conv1d`, `gated_rms_norm`
 and `ssd_block`, which is all three and what lies between them.
+What stands between them in a network is `residual_norm`, `hardswish_dropout` and `linear`.
 `backends()` says what can run here and why the rest cannot.
 """
 
@@ -9,6 +10,7 @@ from mmm4rec_kernels.backend import Availability, BackendUnavailable, backends
 from mmm4rec_kernels.block import CrossProjections, ssd_block
 from mmm4rec_kernels.conv1d import causal_conv1d
 from mmm4rec_kernels.norm import gated_rms_norm
+from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm
 from mmm4rec_kernels.ssd import ssd
 
 __all__ = [
@@ -18,6 +20,9 @@ __all__ = [
     "backends",
     "causal_conv1d",
     "gated_rms_norm",
+    "hardswish_dropout",
+    "linear",
+    "residual_norm",
     "ssd",
     "ssd_block",
 ]

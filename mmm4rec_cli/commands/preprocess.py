@@ -23,9 +23,19 @@ OWN_ENCODER = "own"
     "mmm4rec preprocess --domain magazine --no-images",
     "mmm4rec preprocess --domain my-shop --interactions orders.csv --items products.parquet",
     "mmm4rec preprocess --domain my-shop --features vectors.parquet",
+    "mmm4rec preprocess --domain my-shop --append new-orders.csv --items new-products.jsonl",
+    "mmm4rec preprocess --stats scientific",
 )
 def preprocess(
     invocation: Invocation,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="domains or mixes, as with --domain",
+            metavar="DOMAIN",
+            show_default="all whose raw files are there",
+        ),
+    ] = None,
     domain: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,6 +64,14 @@ def preprocess(
             help="your own items, csv, parquet or jsonl: item_id, text (or title, brand, description), image",
             metavar="FILE",
             show_default="the domain's raw files",
+        ),
+    ] = None,
+    append: Annotated[
+        Path | None,
+        typer.Option(
+            help="interactions to add to the domain's tables; ids stay, --items FILE brings new items",
+            metavar="FILE",
+            show_default="none",
         ),
     ] = None,
     features: Annotated[
@@ -92,24 +110,35 @@ def preprocess(
     ] = False,
     no_images: Annotated[bool, typer.Option("--no-images", help="fetch no pictures and use none")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="fetch no pictures, use those that are there")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="make nothing: describe the tables that are there, beside published counts")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N", show_default="runtime.device = auto")
     ] = None,
 ) -> Result:
     """Make the tables, fetch the pictures of the items that were kept, and encode texts and pictures."""
-    from mmm4rec_cli.data.images import fetch_images, leave_images_out
+    from mmm4rec_cli.data.growth import append_to_tables
+    from mmm4rec_cli.data.images import LEFT_OUT, fetch_images, leave_images_out
     from mmm4rec_cli.data.preprocess import build_tables
     from mmm4rec_cli.device import resolve_device
     from mmm4rec_cli.features.encoders import joint_model
     from mmm4rec_cli.features.extract import extract_features, import_features
 
     workspace, reporter = invocation.workspace, invocation.reporter
+    wanted = _domains(workspace, [*(names or []), *(domain or [])], mix or [])
+    if stats:
+        return _described(workspace, wanted)
     if no_images and offline:
         raise UsageError("--no-images and --offline exclude one another", hint="--offline uses the pictures on disk")
     if features is not None and skip_features:
         raise UsageError("--features and --skip-features exclude one another", hint="leave one of them out")
-    names = _domains(workspace, domain or [], mix or [])
-    if len(names) != 1 and (interactions is not None or items is not None or features is not None):
+    if append is not None and interactions is not None:
+        raise UsageError(
+            "--append and --interactions exclude one another",
+            hint="--interactions makes a domain anew, --append adds to it",
+        )
+    if len(wanted) != 1 and any(file is not None for file in (interactions, items, features, append)):
         raise UsageError(
             "own files belong to one domain, and none or several are named",
             hint="name it with --domain NAME: letters, digits, - and _",
@@ -121,7 +150,7 @@ def preprocess(
         "runtime.device": device,
     }
     # What is wrong with a setting is said before the first domain, not halfway.
-    resolved = {name: invocation.resolved(domain=name, options=options) for name in names or _complete(workspace)}
+    resolved = {name: invocation.resolved(domain=name, options=options) for name in wanted or _complete(workspace)}
     if features is None and not skip_features:
         for one in resolved.values():
             joint_model(one.settings.features)
@@ -129,10 +158,13 @@ def preprocess(
     manifests = []
     for name, one in resolved.items():
         settings = one.settings
-        manifest = build_tables(
-            workspace, name, settings.data, interactions=interactions, items=items, reporter=reporter
-        )
-        if no_images:
+        if append is not None:
+            manifest = append_to_tables(workspace, name, settings.data, append, items=items, reporter=reporter)
+        else:
+            manifest = build_tables(
+                workspace, name, settings.data, interactions=interactions, items=items, reporter=reporter
+            )
+        if no_images or (append is not None and manifest.get("images") == LEFT_OUT):
             manifest = leave_images_out(workspace, name)
         elif features is None:
             manifest = fetch_images(workspace, name, settings.data, offline=offline, reporter=reporter)
@@ -183,12 +215,58 @@ def _complete(workspace: "Workspace") -> list[str]:
 def _shown(manifest: dict[str, Any]) -> list["RenderableType"]:
     from mmm4rec_cli.console import table
 
-    steps = [(one["step"], one["users"], one["items"], one["rows"]) for one in manifest["counts"]]
+    counts = manifest["counts"]
+    if "appended" in manifest:
+        counts = [*counts, manifest | {"step": "with what was appended"}]
+    steps = [(one["step"], one["users"], one["items"], one["rows"]) for one in counts]
     shares = ("tied_share", "tied in time"), ("text_share", "items with text"), ("image_share", "items with image")
     said = ", ".join(f"{words} {manifest[key]:.1%}" for key, words in shares)
     return [
         table(manifest["domain"], ("step", "users", "items", "interactions"), steps),
         f"{said}; features: {manifest['features'] or 'none'}",
+    ]
+
+
+def _described(workspace: "Workspace", names: Sequence[str]) -> Result:
+    """What the tables of some domains, or of all that have tables, hold."""
+    from mmm4rec_cli.data.domains import check_domain
+    from mmm4rec_cli.data.statistics import describe, domains_with_tables
+    from mmm4rec_cli.data.tables import command as command_line
+
+    found = [check_domain(workspace, name) for name in names] or domains_with_tables(workspace)
+    if not found:
+        raise DataError(
+            f"no domain has tables in {workspace.processed('any').parent}", hint=command_line(workspace, "preprocess")
+        )
+    documents = [describe(workspace, name) for name in found]
+    shown = [part for document in documents for part in _shown_statistics(document)]
+    return Result(documents[0] if len(documents) == 1 else {"domains": documents}, *shown)
+
+
+def _shown_statistics(document: dict[str, Any]) -> list["RenderableType"]:
+    from mmm4rec_cli.console import table
+
+    published = document["published"] or {}
+    sizes = [
+        (name, document[name], published.get(name), document[name] - published[name] if name in published else None)
+        for name in ("users", "items", "interactions")
+    ]
+    lengths = [(f"per {of}", *document["per"][of].values()) for of in ("user", "item")]
+    most = max(row["users"] for row in document["histogram"])
+    bars = [(row["length"], row["users"], "█" * round(30 * row["users"] / most)) for row in document["histogram"]]
+    shares = (
+        ("tied_share", "tied in time"),
+        ("repeated_share", "repeated items"),
+        ("text_share", "items with text"),
+        ("image_share", "items with image"),
+        ("image_url_share", "items with an image's address"),
+    )
+    said = ", ".join(f"{words} {document[key]:.1%}" for key, words in shares)
+    return [
+        table(document["domain"], ("", "here", "published", "difference"), sizes),
+        table("interactions", ("", *document["per"]["user"]), lengths),
+        table("history lengths", ("length", "users", ""), bars),
+        f"from {document['first']} to {document['last']}; {said}",
     ]
 
 

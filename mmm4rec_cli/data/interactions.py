@@ -1,5 +1,6 @@
 """Interactions: read, cleaned in the published order, brought into order (paper section 5.1; published behaviour)."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ LATEST = 4_102_444_800
 AMAZON_COLUMNS = (ITEM_ID, USER_ID, "rating", TIMESTAMP)
 """The columns of Amazon's ratings files, which have no header."""
 
+BATCH = 1 << 16
+"""Objects that are held as Python values before they become a frame."""
+
 _ISO = (
     r"^\s*(?P<date>\d{4}-\d{2}-\d{2})"
     r"(?:[T ](?P<hour>\d{2}):(?P<minute>\d{2})(?::(?P<second>\d{2})(?:[.,](?P<fraction>\d{1,9}))?)?"
@@ -40,7 +44,7 @@ class Log:
         item: uint32 [n], index into `items`.
         time: int64 [n], time since 1970 in `ticks` a second.
         rating: float64 [n], used for nothing but telling exact duplicates; None if the source has none.
-        users: raw user ids, sorted by code point; some may have no rows.
+        users: raw user ids, each once, in any order; some may have no rows.
         items: raw item ids, likewise.
         ticks: 1 (seconds) or 1000 (milliseconds).
     """
@@ -68,7 +72,7 @@ class Log:
         return {"users": int(users), "items": int(items), "rows": len(self)}
 
     def item_names(self) -> pl.Series:
-        """The raw ids of the items that have rows, sorted."""
+        """The raw ids of the items that have rows."""
         return self.items.filter(pl.Series(np.bincount(self.item, minlength=len(self.items)) > 0))
 
 
@@ -181,8 +185,10 @@ def read_parquet(path: Path, names: dict[str, str], hint: str, *, ids: Sequence[
     return frame.with_columns(pl.col(*ids).cast(pl.String))
 
 
-def read_jsonl(path: Path, names: dict[str, str], lists: Sequence[str], hint: str) -> pl.DataFrame:
-    """Read fields of a file with one JSON object a line under our names, as strings (`lists`: as lists of strings).
+def read_jsonl(path: Path, names: dict[str, str], texts: Sequence[str], hint: str) -> pl.DataFrame:
+    """Read fields of a file with one JSON object a line under our names, as strings.
+
+    Those of `texts` may be lists of strings, which are joined; a list or an object anywhere else counts as nothing.
 
     Returns:
         The fields and `line`, the number of the line.
@@ -190,24 +196,27 @@ def read_jsonl(path: Path, names: dict[str, str], lists: Sequence[str], hint: st
     Raises:
         DataError: a line is no JSON object, or no line has a field.
     """
-    fields: dict[str, Any] = {name: pl.List(pl.String) if ours in lists else pl.String for name, ours in names.items()}
-    batches = [
-        raw.decoded(batch, fields, literals=False, path=path, hint=hint) for batch in raw.line_batches(path, hint)
-    ]
-    batches = [batch for batch in batches if batch.height]
-    if not batches:
+    schema: dict[str, Any] = {raw.LINE: pl.UInt32} | dict.fromkeys(names.values(), pl.String)
+    read = {ours: raw.joined if ours in texts else raw.scalar for ours in names.values()}
+    objects = raw.objects(path, hint, literals=False)
+    frames = []
+    while batch := list(itertools.islice(objects, BATCH)):
+        columns: dict[str, list[Any]] = {raw.LINE: [number for number, _ in batch]}
+        for name, ours in names.items():
+            columns[ours] = [read[ours](value.get(name)) for _, value in batch]
+        frames.append(pl.DataFrame(columns, schema=schema))
+    if not frames:
         raise DataError(f"{path} has no rows", hint=hint)
-    frame = pl.concat(batches)
-    # A name may serve two of our columns' sources but never the line number.
-    return frame.select(raw.LINE, **{ours: pl.col(name) for name, ours in names.items()})
+    return pl.concat(frames)
 
 
 def drop_exact_duplicates(log: Log) -> Log:
     """Keep the first of rows that agree in user, item, rating and time."""
     # An exact duplicate is a repeated pair, and few pairs repeat: only those rows are compared in full.
-    pair = pl.Series("pair", log.user.astype(np.uint64) * np.uint64(len(log.items)) + log.item)
-    in_order = pair.sort().to_numpy()
-    twice = in_order[1:][in_order[1:] == in_order[:-1]]
+    pair = pl.Series("pair", _pairs(log))
+    ascending = np.sort(pair.to_numpy())
+    twice = ascending[1:][ascending[1:] == ascending[:-1]]
+    del ascending
     candidates = np.flatnonzero(pair.is_in(pl.Series(twice).unique().implode()).to_numpy())
     again = log.rows(candidates)
     columns = {"pair": pair.gather(candidates), "time": again.time, "row": candidates}
@@ -247,16 +256,27 @@ def k_core(log: Log, min_user: int, min_item: int) -> tuple[Log, int]:
     return log, rounds
 
 
+def without_idle_names(log: Log) -> Log:
+    """Forget the names of users and items that have no rows."""
+    for names, codes in (("users", "user"), ("items", "item")):
+        code, known = getattr(log, codes), getattr(log, names)
+        kept = np.flatnonzero(np.bincount(code, minlength=len(known)))
+        if len(kept) < len(known):
+            log = replace(log, **{codes: _places(kept, len(known))[code], names: known.gather(kept)})
+    return log
+
+
 def in_order(log: Log) -> Log:
     """Number the users and items that are left by their raw ids, and sort by user, then time, then file order."""
-    kept_users = np.flatnonzero(np.bincount(log.user, minlength=len(log.users)))
-    kept_items = np.flatnonzero(np.bincount(log.item, minlength=len(log.items)))
+    log = without_idle_names(log)
+    # Polars sorts by UTF-8 bytes, which is by code point.
+    by_user, by_item = log.users.arg_sort().to_numpy(), log.items.arg_sort().to_numpy()
     log = replace(
         log,
-        user=_renumbered(kept_users, len(log.users))[log.user],
-        item=_renumbered(kept_items, len(log.items))[log.item],
-        users=log.users.gather(kept_users),
-        items=log.items.gather(kept_items),
+        user=_places(by_user, len(by_user))[log.user],
+        item=_places(by_item, len(by_item))[log.item],
+        users=log.users.gather(by_user),
+        items=log.items.gather(by_item),
     )
     frame = pl.DataFrame({"user": log.user, "time": log.time}).with_row_index("row")
     return log.rows(frame.sort("user", "time", "row")["row"].to_numpy())
@@ -269,16 +289,16 @@ def with_prefix(log: Log, prefix: str) -> Log:
 
 def concatenated(logs: Sequence[Log]) -> Log:
     """One log of several that share no user and no item."""
-    user_names, users = _merged([log.users for log in logs], [log.user for log in logs])
-    item_names, items = _merged([log.items for log in logs], [log.item for log in logs])
+    first_user = np.cumsum([0, *(len(log.users) for log in logs)], dtype=np.uint32)
+    first_item = np.cumsum([0, *(len(log.items) for log in logs)], dtype=np.uint32)
     ticks = max(log.ticks for log in logs)
     return Log(
-        user=users,
-        item=items,
+        user=np.concatenate([log.user + first for log, first in zip(logs, first_user, strict=False)]),
+        item=np.concatenate([log.item + first for log, first in zip(logs, first_item, strict=False)]),
         time=np.concatenate([log.time * (ticks // log.ticks) for log in logs]),
         rating=None,
-        users=user_names,
-        items=item_names,
+        users=pl.concat([log.users for log in logs]),
+        items=pl.concat([log.items for log in logs]),
         ticks=ticks,
     )
 
@@ -287,34 +307,28 @@ def tied_rows(log: Log) -> int:
     """Rows that have their time, in whole seconds, in common with another row of the same user."""
     if not len(log):
         return 0
-    order = pl.DataFrame({"user": log.user, "second": log.time // log.ticks}).sort("user", "second")
-    user, second = order["user"].to_numpy(), order["second"].to_numpy()
-    same = (user[1:] == user[:-1]) & (second[1:] == second[:-1])
+    # Seconds before the year 2100 fit 32 bits.
+    moment = np.sort(log.user.astype(np.uint64) << np.uint64(32) | (log.time // log.ticks).astype(np.uint64))
+    same = moment[1:] == moment[:-1]
     return int(np.count_nonzero(np.append(same, False) | np.append(False, same)))
 
 
 def repeated_pairs(log: Log) -> int:
     """Rows beyond the first of their (user, item) pair."""
-    pair = log.user.astype(np.uint64) * np.uint64(max(len(log.items), 1)) + log.item
-    return len(log) - pl.Series(pair).n_unique()
+    pair = np.sort(_pairs(log))
+    return int(np.count_nonzero(pair[1:] == pair[:-1]))
 
 
-def _merged(names: list[pl.Series], codes: list[npt.NDArray[np.uint32]]) -> tuple[pl.Series, npt.NDArray[np.uint32]]:
-    """All names sorted, and all codes as indices into them."""
-    together = pl.concat(names)
-    order = together.arg_sort()
-    place = np.empty(len(together), np.uint32)
-    place[order.to_numpy()] = np.arange(len(together), dtype=np.uint32)
-    starts = np.cumsum([0, *(len(part) for part in names)])
-    return together.gather(order), np.concatenate(
-        [place[start:][part] for start, part in zip(starts, codes, strict=False)]
-    )
+def _pairs(log: Log) -> npt.NDArray[np.uint64]:
+    """A number [n] for each row's user and item."""
+    return log.user.astype(np.uint64) << np.uint64(32) | log.item
 
 
-def _renumbered(kept: npt.NDArray[np.intp], size: int) -> npt.NDArray[np.uint32]:
-    new = np.zeros(size, np.uint32)
-    new[kept] = np.arange(len(kept), dtype=np.uint32)
-    return new
+def _places(order: npt.NDArray[Any], size: int) -> npt.NDArray[np.uint32]:
+    """The place in `order` of each of `size` codes; zero for those that do not occur there."""
+    places = np.zeros(size, np.uint32)
+    places[order] = np.arange(len(order), dtype=np.uint32)
+    return places
 
 
 def _read_csv(
@@ -349,20 +363,19 @@ def _log(
 def _coded(
     ids: pl.Series, path: Path, locate: Callable[[int], str], hint: str
 ) -> tuple[pl.Series, npt.NDArray[np.uint32]]:
-    """Distinct ids sorted by code point (Polars sorts by UTF-8 bytes, which is the same), and each row's place."""
+    """Distinct ids, and each row's place among them."""
     categories = ids.cast(pl.Categorical)
     distinct = categories.unique()
     names = distinct.cast(pl.String).alias("name")
-    order = names.arg_sort().to_numpy()
     physical = distinct.to_physical().to_numpy()
-    place = np.empty(int(physical.max()) + 1, np.uint32)
-    place[physical[order]] = np.arange(len(order), dtype=np.uint32)
-    codes = place[categories.to_physical().to_numpy()]
-    names = names.gather(order)
-    blank = np.flatnonzero((names.str.strip_chars() == "").to_numpy())
-    if len(blank):
-        row = int(np.flatnonzero(np.isin(codes, blank))[0])
-        raise DataError(f"{path}, {locate(row)}: {ids.name} is empty", hint=hint)
+    codes = _places(physical, int(physical.max()) + 1)[categories.to_physical().to_numpy()]
+    for faulty, fault in (
+        (names.str.strip_chars() == "", "is empty"),
+        (names.str.contains("\0", literal=True), "holds a NUL byte"),
+    ):
+        if faulty.any():
+            row = int(np.flatnonzero(faulty.to_numpy()[codes])[0])
+            raise DataError(f"{path}, {locate(row)}: {ids.name} {fault}", hint=hint)
     return names, codes
 
 
@@ -397,6 +410,8 @@ def _times(
             )
         refuse(~column.is_finite(), "is not a number")
         return _as_numbers(column, unit, path, locate)
+    if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+        raise DataError(f"{path}: timestamp is {column.dtype}, neither numbers nor dates", hint=_OWN_HINT)
 
     text = column.cast(pl.String).str.strip_chars()
     if unit != "iso":

@@ -10,7 +10,7 @@ import polars as pl
 
 from mmm4rec_cli.data import raw
 from mmm4rec_cli.data.columns import CATEGORIES, IMAGE, IMAGE_URL, ITEM_ID, RAW_ITEM_ID, TEXT, TITLE
-from mmm4rec_cli.data.interactions import format_of, read_jsonl, read_parquet, require_columns
+from mmm4rec_cli.data.interactions import BATCH, format_of, read_jsonl, read_parquet, require_columns
 from mmm4rec_cli.data.tables import image_entry
 from mmm4rec_cli.errors import DataError
 from mmm4rec_cli.settings.schema import Columns
@@ -24,16 +24,7 @@ MARKERS = {TITLE: "Title: ", BRAND: "Brand: ", DESCRIPTION: "Description: "}
 
 Parts without usable text are left out."""
 
-_AMAZON_FIELDS: dict[str, Any] = {
-    "asin": pl.String,
-    TITLE: pl.String,
-    BRAND: pl.String,
-    DESCRIPTION: pl.List(pl.String),
-    "imageURLHighRes": pl.List(pl.String),
-    "imageURL": pl.List(pl.String),
-    "image": pl.List(pl.String),
-    "category": pl.List(pl.String),
-}
+_AMAZON_IMAGES = ("imageURLHighRes", "imageURL", "image")
 _OWN_HINT = "mend the table, or name its columns with --set data.columns.text=NAME (item_id, title, image alike)"
 
 _ENTITY = r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
@@ -55,7 +46,8 @@ class Metadata:
 
     Attributes:
         known: raw ids of the rated items that occur in the metadata.
-        frame: `raw_item_id`, `title`, `text`, `image`, `image_url` (all String) of the wanted ones, once an item.
+        frame: `raw_item_id`, `title`, `text`, `image`, `image_url` (all String) of the wanted ones, once an item; of a
+            user's own, of all.
         lines: lines or rows read.
         repeated: of these, the ones whose item had occurred before; the first line of an item counts.
     """
@@ -94,38 +86,47 @@ def read_metadata(path: Path, rated: pl.Series, wanted: pl.Series, hint: str) ->
         DataError: missing, empty, not UTF-8, its gzip stream cut or damaged, or a line without an `asin` or that is
             no object; file and line are named.
     """
-    asins: list[pl.Series] = []
-    kept: list[pl.DataFrame] = []
-    for batch in raw.line_batches(path, hint):
-        ids = raw.decoded(batch, {"asin": pl.String}, literals=True, path=path, hint=hint)
-        nameless = ids.filter(pl.col("asin").fill_null("").str.strip_chars() == "")
-        if nameless.height:
-            raise DataError(f"{path}, line {nameless[raw.LINE][0]}: no asin", hint=hint)
-        asins.append(ids["asin"])
-        lines = batch.filter(ids["asin"].is_in(wanted.implode()))
-        if lines.height:
-            kept.append(raw.decoded(lines, _AMAZON_FIELDS, literals=True, path=path, hint=hint))
-    if not any(len(part) for part in asins):
+    seen: set[str] = set()
+    needed = set(wanted)
+    lines = 0
+    frames: list[pl.DataFrame] = []
+    texts = (ITEM_ID, TITLE, BRAND, DESCRIPTION, IMAGE, IMAGE_URL)
+    schema: dict[str, pl.DataType] = {**dict.fromkeys(texts, pl.String()), CATEGORIES: pl.List(pl.String())}
+    columns: tuple[list[Any], ...] = tuple([] for _ in schema)
+
+    def flush() -> None:
+        frames.append(pl.DataFrame(dict(zip(schema, columns, strict=True)), schema=schema))
+        for column in columns:
+            column.clear()
+
+    for number, item in raw.objects(path, hint, literals=True):
+        asin = raw.scalar(item.get("asin"))
+        if asin is None or not asin.strip():
+            raise DataError(f"{path}, line {number}: no asin", hint=hint)
+        lines += 1
+        # The first line of an item counts.
+        if asin in needed and asin not in seen:
+            addresses = (url for key in _AMAZON_IMAGES for url in raw.strings(item.get(key)) or ())
+            fields = (
+                *(raw.joined(item.get(name)) for name in (TITLE, BRAND, DESCRIPTION)),
+                None,
+                next((url for url in addresses if url.strip()), None),
+                raw.strings(item.get("category")),
+            )
+            for column, field in zip(columns, (asin, *fields), strict=True):
+                column.append(field)
+            if len(columns[0]) == BATCH:
+                flush()
+        seen.add(asin)
+    if not lines:
         raise DataError(f"{path} has no lines", hint=hint)
-    together = pl.concat(asins)
-    distinct = together.unique()
-    empty = pl.DataFrame(schema=dict(_AMAZON_FIELDS))
-    frame = pl.concat(kept or [empty]).unique(subset="asin", keep="first", maintain_order=True)
-    urls = [_first("imageURLHighRes"), _first("imageURL"), _first("image")]
-    frame = frame.select(
-        pl.col("asin").alias(ITEM_ID),
-        TITLE,
-        BRAND,
-        pl.col(DESCRIPTION).list.join(" ", ignore_nulls=True),
-        pl.lit(None, pl.String).alias(IMAGE),
-        pl.coalesce(urls).alias(IMAGE_URL),
-        pl.col("category").alias(CATEGORIES),
-    )
+    flush()
+    distinct = pl.Series(ITEM_ID, list(seen), pl.String)
     return Metadata(
         known=distinct.filter(distinct.is_in(rated.implode())),
-        frame=with_texts(frame),
-        lines=len(together),
-        repeated=len(together) - len(distinct),
+        frame=with_texts(pl.concat(frames)),
+        lines=lines,
+        repeated=lines - len(seen),
     )
 
 
@@ -164,7 +165,7 @@ def read_own_items(path: Path, columns: Columns, workspace: Workspace) -> OwnIte
                 raise DataError(f"{path}: cannot be read as Parquet ({message})", hint=_OWN_HINT) from error
             frame = read_parquet(path, _present(path, list(schema), ours), _OWN_HINT, ids=(ITEM_ID,))
         case "jsonl":
-            frame = read_jsonl(path, ours, (DESCRIPTION,), _OWN_HINT)
+            frame = read_jsonl(path, ours, (TEXT, *MARKERS), _OWN_HINT)
             lines = frame[raw.LINE]
             # An object may lack any key: the columns there are those that some object has.
             there = [name for name, mine in ours.items() if frame[mine].null_count() < frame.height]
@@ -192,12 +193,12 @@ def read_own_items(path: Path, columns: Columns, workspace: Workspace) -> OwnIte
     return _with_pictures(frame, path.parent, workspace)
 
 
-def metadata_of_own(items: OwnItems, rated: pl.Series, wanted: pl.Series) -> Metadata:
-    """The wanted ones of a user's own items, their texts cleaned."""
+def metadata_of_own(items: OwnItems, rated: pl.Series) -> Metadata:
+    """A user's own items, rated or not, their texts cleaned."""
     frame = items.frame
     return Metadata(
         known=frame[ITEM_ID].filter(frame[ITEM_ID].is_in(rated.implode())),
-        frame=with_texts(frame.filter(pl.col(ITEM_ID).is_in(wanted.implode()))),
+        frame=with_texts(frame),
         lines=frame.height,
         repeated=0,
     )
@@ -210,8 +211,8 @@ def with_texts(frame: pl.DataFrame) -> pl.DataFrame:
         frame: `item_id`, `image`, `image_url` and any of `text`, `title`, `brand`, `description` (all String).
 
     Returns:
-        `raw_item_id`, `title`, `text`, `image`, `image_url` and, if there, `categories`. A usable text of
-        the item's own is taken as it is, else the parts are joined (MARKERS); null where nothing usable remains.
+        `raw_item_id`, `title`, `text`, `image`, `image_url` and, if there, `categories`. A usable text of the item's
+        own is taken as it is, else the parts are joined (MARKERS); null where nothing usable remains.
     """
     parts = {name: clean(frame[name]) for name in (TEXT, *MARKERS) if name in frame.columns}
     title = parts.get(TITLE, pl.repeat(None, frame.height, dtype=pl.String, eager=True)).alias(TITLE)
@@ -255,11 +256,6 @@ def _unescaped(texts: pl.Series) -> pl.Series:
     meanings = {entity: html.unescape(entity) for entity in entities}
     known = {entity: meaning for entity, meaning in meanings.items() if meaning != entity}
     return texts.str.replace_many(list(known), list(known.values())) if known else texts
-
-
-def _first(name: str) -> pl.Expr:
-    """The first address in a list, null if there is none."""
-    return pl.col(name).list.eval(pl.element().filter(pl.element().str.strip_chars() != "")).list.first()
 
 
 def _present(path: Path, found: list[str], ours: dict[str, str]) -> dict[str, str]:

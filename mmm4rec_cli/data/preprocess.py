@@ -37,6 +37,7 @@ from mmm4rec_cli.data.interactions import (
     repeated_pairs,
     tied_rows,
     with_prefix,
+    without_idle_names,
 )
 from mmm4rec_cli.data.items import Metadata, OwnItems, metadata_of_own, read_metadata, read_own_items
 from mmm4rec_cli.data.tables import command, preprocess_command, read_manifest, read_tables, write_tables
@@ -50,7 +51,19 @@ RULES = 1
 """Version of the rules in this package: raised when the same sources and settings would give other tables."""
 
 _IRRELEVANT = {"split", "image_timeout", "image_workers"}
-_ROLES = ("interactions", "items")
+ROLES = ("interactions", "items")
+
+LEFT_OUT_ROWS = "left_out.parquet"
+"""Beside the tables of a user's own data: the rows that the filters left out, for when the domain grows.
+
+`raw_user_id`, `raw_item_id`, `timestamp` (milliseconds); exact duplicates are gone.
+"""
+
+KNOWN_ITEMS = "known_items.parquet"
+"""Beside the tables of a user's own data: the items known without being in the catalogue.
+
+`raw_item_id`, `title`, `text`, `image`, `image_url`.
+"""
 
 Counts = dict[str, dict[str, int]]
 """Step -> users, items and rows behind it."""
@@ -72,13 +85,15 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Part:
-    """What the filters left of one source."""
+    """What the filters left of one source; of a user's own, also the rows and items that they left out."""
 
     log: Log
     metadata: Metadata
     counts: Counts
     rounds: int
     tied_when_read: int
+    left_out: Log | None = None
+    known: pl.DataFrame | None = None
 
 
 def build_tables(
@@ -119,7 +134,11 @@ def build_tables(
     identity: dict[str, Any] = {
         "domain": domain,
         "rules": RULES,
-        "sources": [_described(workspace, source, place) for source in sources for place in (0, 1)],
+        "sources": [
+            described(workspace, path, role, source.domain)
+            for source in sources
+            for role, path in zip(ROLES, source.files, strict=True)
+        ],
         "settings": settings.model_dump(mode="json", exclude=_IRRELEVANT),
     }
     own_items = None
@@ -138,6 +157,7 @@ def build_tables(
     if kept is not None:
         reporter.note(f"{domain}: same sources, settings and rules as before; the tables were kept")
         return kept
+    _warn_of_appended(workspace, domain, reporter)
 
     parts = []
     with reporter.stage(f"tables of {domain}", total=len(sources), unit="source") as progress:
@@ -153,25 +173,35 @@ def build_tables(
         raise _empty(domain, settings, counts)
     log = in_order(concatenated([part.log for part in parts]))
     frames = _frames(log, [part.metadata.frame for part in parts])
-    n_items = len(log.items)
-    manifest = identity | {
-        "mmm4rec": __version__,
-        "counts": [{"step": step} | count for step, count in counts.items()],
-        "rounds": max(part.rounds for part in parts),
-        "users": len(log.users),
-        "items": n_items,
-        "rows": len(log),
-        "tied_share": tied_rows(log) / len(log),
-        "tied_share_read": sum(part.tied_when_read for part in parts) / counts["read"]["rows"],
-        "repeated_pairs": repeated_pairs(log),
-        "text_share": 1 - frames["items"][TEXT].null_count / n_items,
-        "image_share": 1 - frames["items"][IMAGE].null_count / n_items,
-        "image_url_share": 1 - frames["items"][IMAGE_URL].null_count / n_items,
-        "metadata_rows": sum(part.metadata.lines for part in parts),
-        "metadata_repeated": sum(part.metadata.repeated for part in parts),
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-    return write_tables(workspace, domain, **frames, manifest=manifest)
+    manifest = (
+        identity
+        | {
+            "mmm4rec": __version__,
+            "counts": [{"step": step} | count for step, count in counts.items()],
+            "rounds": max(part.rounds for part in parts),
+            "tied_share_read": sum(part.tied_when_read for part in parts) / counts["read"]["rows"],
+            "metadata_rows": sum(part.metadata.lines for part in parts),
+            "metadata_repeated": sum(part.metadata.repeated for part in parts),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        | measured(log, frames["items"])
+    )
+    beside = {}
+    for part in parts:
+        if part.left_out is not None and part.known is not None:
+            beside = {LEFT_OUT_ROWS: raw_rows(part.left_out).to_arrow(), KNOWN_ITEMS: part.known.to_arrow()}
+    return write_tables(workspace, domain, **frames, manifest=manifest, beside=beside)
+
+
+def raw_rows(log: Log) -> pl.DataFrame:
+    """The rows of a log in its order: raw ids, seconds, and the time in milliseconds that orders them."""
+    return pl.DataFrame(
+        {
+            RAW_USER_ID: log.users.gather(log.user),
+            RAW_ITEM_ID: log.items.gather(log.item),
+            TIMESTAMP: log.time * (1000 // log.ticks),
+        }
+    )
 
 
 def domains_at_hand(workspace: Workspace) -> list[str]:
@@ -191,7 +221,7 @@ def _sources(workspace: Workspace, domain: str, log: Path | None, items: Path | 
     elif domain in domains.own_domains(workspace):
         remembered = read_manifest(workspace, domain).get("sources", [])
         paths = {entry["role"]: workspace.root / entry["path"] for entry in remembered}
-        if set(paths) != set(_ROLES):
+        if set(paths) != set(ROLES):
             raise DataError(
                 f"domain {domain!r} does not say what it was made of", hint=preprocess_command(workspace, domain)
             )
@@ -202,7 +232,12 @@ def _sources(workspace: Workspace, domain: str, log: Path | None, items: Path | 
         sources = [_raw(workspace, member) for member in domains.members(domain)]
         which = ("--mix", domain) if domain in domains.MIXES else ("--domain", domain)
         hint = command(workspace, "download", *which)
-    missing = [f"{path} is missing" for source in sources for path in source.files if not path.is_file()]
+    missing = [
+        f"{path} is {'not a file' if path.exists() else 'missing'}"
+        for source in sources
+        for path in source.files
+        if not path.is_file()
+    ]
     if missing:
         raise DataError(*missing, hint=hint)
     return sources
@@ -215,18 +250,32 @@ def _raw(workspace: Workspace, domain: str) -> _Source:
     return _Source(domain, folder / f"{category}.csv", metadata, own=False)
 
 
-def _described(workspace: Workspace, source: _Source, place: int) -> dict[str, Any]:
+def described(workspace: Workspace, path: Path, role: str, domain: str) -> dict[str, Any]:
     """A source as the manifest names it: by a path from the workspace if it lies inside it."""
-    path = source.files[place]
     root = workspace.root.resolve()
     absolute = path.resolve()
     named = absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(absolute)
     return {
-        "role": _ROLES[place],
-        "domain": source.domain,
+        "role": role,
+        "domain": domain,
         "path": named,
         "bytes": path.stat().st_size,
         "sha256": sha256(path),
+    }
+
+
+def measured(log: Log, items: pa.Table) -> dict[str, Any]:
+    """What the manifest says of finished tables: sizes, ties, repeats, and how many items have what."""
+    n_items = items.num_rows
+    return {
+        "users": len(log.users),
+        "items": n_items,
+        "rows": len(log),
+        "tied_share": tied_rows(log) / len(log),
+        "repeated_pairs": repeated_pairs(log),
+        "text_share": 1 - items[TEXT].null_count / n_items,
+        "image_share": 1 - items[IMAGE].null_count / n_items,
+        "image_url_share": 1 - items[IMAGE_URL].null_count / n_items,
     }
 
 
@@ -241,6 +290,20 @@ def _kept(workspace: Workspace, domain: str, identity: dict[str, Any]) -> dict[s
         return read_tables(workspace, domain).manifest
     except DataError:
         return None
+
+
+def _warn_of_appended(workspace: Workspace, domain: str, reporter: Reporter) -> None:
+    """Say what goes with tables that are made anew, where files were appended to them."""
+    try:
+        appended = read_manifest(workspace, domain).get("appended", [])
+    except DataError:
+        return
+    if appended:
+        paths = [source["path"] for entry in appended for source in entry["sources"]]
+        reporter.warn(
+            f"{domain}: made anew, since sources or settings changed; ids change, and what was appended is left out: "
+            f"append it again ({', '.join(paths)})"
+        )
 
 
 def _filtered(
@@ -258,13 +321,14 @@ def _filtered(
     log = drop_exact_duplicates(log)
     counts["exact duplicates dropped"] = log.counts()
 
+    read = log
     rated = log.item_names()
     # A core of fewer rows lies inside the core of more: what is outside now needs no text.
     everything = settings.require_text or settings.require_image
-    wanted = rated if everything else k_core(log, settings.min_user, settings.min_item)[0].item_names()
     if own_items is not None:
-        metadata = metadata_of_own(own_items, rated, wanted)
+        metadata = metadata_of_own(own_items, rated)
     else:
+        wanted = rated if everything else k_core(log, settings.min_user, settings.min_item)[0].item_names()
         hint = command(workspace, "download", "--domain", source.domain)
         metadata = read_metadata(source.items, rated, wanted, hint)
     log = keep_items(log, metadata.known)
@@ -278,8 +342,16 @@ def _filtered(
         counts["items with image"] = log.counts()
     log, rounds = k_core(log, settings.min_user, settings.min_item)
     counts["k-core"] = log.counts()
-    left = metadata.frame.filter(pl.col(RAW_ITEM_ID).is_in(log.item_names().implode()))
-    return _Part(log, replace(metadata, frame=left), counts, rounds, tied)
+    left_out = known = None
+    kept = pl.col(RAW_ITEM_ID).is_in(log.item_names().implode())
+    if own_items is not None:
+        # Of a user and an item that stay, every row stays.
+        users = np.bincount(log.user, minlength=len(log.users)) > 0
+        items = np.bincount(log.item, minlength=len(log.items)) > 0
+        left_out = read.rows(~(users[read.user] & items[read.item]))
+        known = metadata.frame.filter(~kept)
+    metadata = replace(metadata, frame=metadata.frame.filter(kept))
+    return _Part(without_idle_names(log), metadata, counts, rounds, tied, left_out, known)
 
 
 def _prefixed(part: _Part, prefix: str) -> _Part:

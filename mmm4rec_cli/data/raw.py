@@ -1,29 +1,33 @@
 """Parsers of raw files: CSV rows and lines of JSON, with the file, the line and the fault in every complaint.
 
-Files are read by Polars in large pieces. Only when a piece is refused are its lines looked at one by one: to name the
-first broken one, or, in metadata, to read the Python literals of older dumps (`ast.literal_eval`, never `eval`).
+CSV is read by Polars; only when it refuses a file are the rows looked at one by one, to name the first broken one.
+Lines of objects are read by orjson; what it refuses may be JSON of Python's kind (NaN) or, in metadata, one of the
+Python literals of older dumps (`ast.literal_eval`, never `eval`).
 """
 
 import ast
 import csv
-import gzip
 import itertools
 import json
+import math
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import orjson
 import polars as pl
+import pyarrow as pa
 
 from mmm4rec_cli.errors import DataError
 
 LINE = "line"
 """Column with the number of the line a row came from, counted from 1."""
 
-_PIECE_BYTES = 1 << 25
+_PIECE_BYTES = 1 << 23
+_LONGEST_LINE = 1 << 26
 _GZIP_MAGIC = b"\x1f\x8b"
 
 Check = Callable[[str], str | None]
@@ -69,11 +73,9 @@ def read_csv(
     """
     last = "the last field is there"
     schema = dict.fromkeys(columns, pl.String)
-    plan = pl.scan_csv(path, has_header=False, skip_rows=int(header), schema=schema).select(
-        *exprs, pl.col(columns[-1]).is_not_null().alias(last), pl.any_horizontal(pl.all().is_not_null()).alias("any")
-    )
+    plan = pl.scan_csv(path, has_header=False, skip_rows=int(header), schema=schema)
     try:
-        frame = plan.collect(engine="streaming")
+        frame = plan.select(*exprs, pl.col(columns[-1]).is_not_null().alias(last)).collect(engine="streaming")
     except pl.exceptions.PolarsError as error:
         if not _rows_sound(path, columns, checks, header=header, hint=hint):
             raise DataError(f"{path} has no rows", hint=hint) from None
@@ -81,14 +83,16 @@ def read_csv(
     # Polars fills short rows with nulls, so that a null in the last column may mean one.
     if not frame[last].all() or any(frame[name].null_count() for name in checks):
         _rows_sound(path, columns, checks, header=header, hint=hint)
-        frame = frame.filter("any")
+        # All is null only in blank lines.
+        there = plan.select(pl.any_horizontal(pl.all().is_not_null()).alias("there")).collect(engine="streaming")
+        frame = frame.filter(there["there"])
         for name in checks:
             if frame[name].null_count():
                 line = csv_line(path, int(frame[name].is_null().arg_max() or 0), header=header, hint=hint)
                 raise DataError(f"{path}, line {line}: {name} cannot be read", hint=hint)
     if not frame.height:
         raise DataError(f"{path} has no rows", hint=hint)
-    return frame.drop(last, "any")
+    return frame.drop(last)
 
 
 def _rows_sound(path: Path, columns: Sequence[str], checks: dict[str, Check], *, header: bool, hint: str) -> int:
@@ -157,106 +161,87 @@ def whole_seconds(field: str) -> str | None:
     return None if abs(seconds) < 2**63 else f"{field} is out of range"
 
 
-def line_batches(path: Path, hint: str) -> Iterator[pl.DataFrame]:
-    """The lines of a text file, plain or gzip (told by its first bytes), a large piece at a time.
+def objects(path: Path, hint: str, *, literals: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file that holds one a line, plain or gzip (told by its first bytes), blank lines left out.
+
+    Args:
+        path: the file.
+        hint: what to do about a broken file.
+        literals: whether lines may be Python literals instead of JSON.
 
     Yields:
-        `line` (UInt32, from 1) and `text` (String), blank lines left out.
+        The line's number, from 1, and its object.
 
     Raises:
-        DataError: the file is missing, empty, not UTF-8, or its gzip stream is cut, damaged or none at all.
+        DataError: the file is missing, empty, not UTF-8, its gzip stream is cut, damaged or none at all, or a line is
+            no object or longer than 64 MiB.
+    """
+    number = 0
+    for piece in _pieces(path, hint):
+        for line in piece.split(b"\n"):
+            number += 1
+            try:
+                value = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                text = _text(line, number, path, hint)
+                if not text:
+                    continue
+                value = _object(text, literals)
+            if not isinstance(value, dict):
+                kind = "neither a JSON object nor a Python dictionary" if literals else "not a JSON object"
+                said = _text(line, number, path, hint)[:60]
+                raise DataError(f"{path}, line {number}: {kind}: {said!r}", hint=hint)
+            yield number, value
+
+
+def _text(line: bytes, number: int, path: Path, hint: str) -> str:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason})", hint=hint) from error
+    return (text.removeprefix("\ufeff") if number == 1 else text).strip()
+
+
+def _pieces(path: Path, hint: str) -> Iterator[bytes]:
+    """Large pieces of a file, plain or gzip, cut behind a line's end, the end itself left out.
+
+    The next piece is read and unpacked in a thread, so that the memory held is a few pieces whatever the file unpacks
+    to.
     """
     require_file(path, hint)
     rest, number = b"", 1
     with ExitStack() as closing:
-        stream: Any = closing.enter_context(path.open("rb"))
-        if stream.read(2) == _GZIP_MAGIC:
-            stream = closing.enter_context(gzip.open(path))
-        elif path.suffix == ".gz":
+        packed = closing.enter_context(path.open("rb")).read(2) == _GZIP_MAGIC
+        if not packed and path.suffix == ".gz":
             raise DataError(f"{path}: not a gzip file, in spite of its name", hint=hint)
-        else:
-            stream.seek(0)
+        stream = closing.enter_context(pa.input_stream(str(path), compression="gzip" if packed else None))
+        ahead = closing.enter_context(ThreadPoolExecutor(1))
+        coming = ahead.submit(stream.read, _PIECE_BYTES)
         while True:
             try:
-                piece = stream.read(_PIECE_BYTES)
-            except EOFError:
-                size = path.stat().st_size
-                raise DataError(f"{path}: its gzip stream is cut off after {size:,} bytes", hint=hint) from None
-            except (gzip.BadGzipFile, zlib.error) as error:
+                piece = coming.result()
+            except OSError as error:
+                if "Truncated" in str(error):
+                    size = path.stat().st_size
+                    raise DataError(f"{path}: its gzip stream is cut off after {size:,} bytes", hint=hint) from None
                 where = number + rest.count(b"\n")
                 raise DataError(
                     f"{path}: its gzip stream is damaged behind line {where} ({error})", hint=hint
                 ) from error
-            whole, newline, tail = (rest + piece).rpartition(b"\n") if piece else (rest, b"", b"")
-            rest = tail
-            if whole:
-                yield _lines(whole, number, path, hint)
-            number += whole.count(b"\n") + len(newline)
             if not piece:
-                return
-
-
-def _lines(whole: bytes, first: int, path: Path, hint: str) -> pl.DataFrame:
-    try:
-        text = whole.decode()
-    except UnicodeDecodeError as error:
-        number = first + whole[: error.start].count(b"\n")
-        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason})", hint=hint) from error
-    text = text.removeprefix("\ufeff") if first == 1 else text
-    lines = pl.Series("text", [text]).str.split("\n").explode().str.strip_chars()
-    return lines.to_frame().with_row_index(LINE, offset=first).filter(pl.col("text") != "")
-
-
-def decoded(batch: pl.DataFrame, fields: dict[str, Any], *, literals: bool, path: Path, hint: str) -> pl.DataFrame:
-    """Decode lines that hold one object each.
-
-    Args:
-        batch: rows of `line_batches`.
-        fields: name -> pl.String or pl.List(pl.String); numbers become their digits, a lone string a list of one.
-        literals: whether lines may be Python literals instead of JSON.
-        path: the file, for complaints.
-        hint: what to do about a broken line.
-
-    Returns:
-        `line` and the fields, null where the object lacks them; rows in order.
-
-    Raises:
-        DataError: a line is neither.
-    """
-    dtype = pl.Struct(fields)
-    is_literal = batch["text"].str.contains(r"^\{\s*'") if literals else pl.repeat(False, batch.height, eager=True)
-    parts = [_decoded_json(batch.filter(~is_literal), dtype, literals, path, hint)]
-    if is_literal.any():
-        parts.append(_decoded_singly(batch.filter(is_literal), dtype, literals, path, hint))
-    return pl.concat(parts).sort(LINE)
-
-
-def _decoded_json(batch: pl.DataFrame, dtype: pl.Struct, literals: bool, path: Path, hint: str) -> pl.DataFrame:
-    """Decode with Polars; where it refuses, halve until the refused lines are found."""
-    try:
-        values = batch["text"].str.json_decode(dtype)
-        if len(values) == batch.height:
-            return pl.DataFrame([batch[LINE], values.alias("value")]).unnest("value")
-    except pl.exceptions.PolarsError:
-        pass
-    if batch.height <= 32:
-        return _decoded_singly(batch, dtype, literals, path, hint)
-    half = batch.height // 2
-    pieces = (batch.head(half), batch.slice(half))
-    return pl.concat([_decoded_json(piece, dtype, literals, path, hint) for piece in pieces])
-
-
-def _decoded_singly(batch: pl.DataFrame, dtype: pl.Struct, literals: bool, path: Path, hint: str) -> pl.DataFrame:
-    schema = dtype.to_schema()
-    rows: list[dict[str, Any]] = []
-    for number, text in batch.iter_rows():
-        value = _object(text, literals)
-        if value is None:
-            kind = "neither a JSON object nor a Python dictionary" if literals else "not a JSON object"
-            raise DataError(f"{path}, line {number}: {kind}: {text[:60]!r}", hint=hint)
-        row = {name: _strings(value.get(name), whole=kind == pl.String) for name, kind in schema.items()}
-        rows.append({LINE: number} | row)
-    return pl.DataFrame(rows, schema={LINE: pl.UInt32} | dict(schema))
+                break
+            coming = ahead.submit(stream.read, _PIECE_BYTES)
+            head, newline, tail = piece.rpartition(b"\n")
+            if newline:
+                yield rest + head
+                number += rest.count(b"\n") + head.count(b"\n") + 1
+                rest = tail
+            else:
+                rest += piece
+            if len(rest) > _LONGEST_LINE:
+                raise DataError(f"{path}, line {number}: longer than {_LONGEST_LINE >> 20} MiB", hint=hint)
+        if rest:
+            yield rest
 
 
 def _object(text: str, literals: bool) -> dict[str, Any] | None:
@@ -276,14 +261,30 @@ def _object(text: str, literals: bool) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _strings(value: Any, *, whole: bool) -> Any:
-    """A value as a string (`whole`) or a list of strings, None where it is neither."""
-    if whole:
-        parts = _strings(value, whole=False)
-        return None if parts is None else " ".join(part for part in parts if part is not None)
+def scalar(value: Any) -> str | None:
+    """A text, number or truth value as a string, numbers by their digits; None for anything else.
+
+    A whole number beyond 64 bits is read as a real one that lacks digits, which would make one id of several: None too.
+    """
+    if isinstance(value, (list, tuple, dict)) or (isinstance(value, float) and 2**63 <= abs(value) < math.inf):
+        return None
+    return _string(value)
+
+
+def strings(value: Any) -> list[str] | None:
+    """The texts of a list, or of a lone value; None where there is none at all."""
     if isinstance(value, (list, tuple)):
-        return [None if isinstance(part, (list, tuple, dict)) else _string(part) for part in value]
-    return None if value is None or isinstance(value, dict) else [_string(value)]
+        return [text for part in value if (text := scalar(part)) is not None]
+    text = scalar(value)
+    return None if text is None else [text]
+
+
+def joined(value: Any) -> str | None:
+    """The texts of a list, or a lone one, with spaces between them; None where there is none at all."""
+    if isinstance(value, str):
+        return _string(value)
+    parts = strings(value)
+    return None if parts is None else " ".join(parts)
 
 
 def _string(value: Any) -> str | None:
@@ -291,4 +292,4 @@ def _string(value: Any) -> str | None:
         return None
     text = value if isinstance(value, str) else json.dumps(value)
     # Half a surrogate pair, as JSON may escape it, is no text.
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

@@ -8,7 +8,6 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from mmm4rec_cli.data.columns import (
 )
 from mmm4rec_cli.data.domains import MIXES, is_registered, members
 from mmm4rec_cli.errors import DataError
-from mmm4rec_cli.files import write_json, written_whole
+from mmm4rec_cli.files import finish_renames, sha256, write_json, written_together, written_whole
 from mmm4rec_cli.workspace import Workspace
 
 INTERACTIONS = "interactions.parquet"
@@ -152,11 +151,9 @@ def write_tables(
     items: pa.Table,
     users: pa.Table,
     manifest: dict[str, Any],
+    beside: Mapping[str, pa.Table] | None = None,
 ) -> dict[str, Any]:
-    """Write the three tables and their manifest: all of them, or none.
-
-    Everything is written under temporary names first. The old manifest then goes and the new one comes last, so that
-    an interruption between the renames leaves tables without a manifest, which nothing reads.
+    """Write the three tables and their manifest: all of them, or none, whenever the process is stopped.
 
     Args:
         workspace: where.
@@ -164,7 +161,8 @@ def write_tables(
         interactions: [n] rows, columns as in INTERACTIONS_SCHEMA.
         items: [V] rows, columns as in ITEMS_SCHEMA.
         users: [U] rows, columns as in USERS_SCHEMA.
-        manifest: JSON-able; `fingerprint` and `catalogue` are added.
+        manifest: JSON-able; `fingerprint`, `catalogue` and, where there are such, `beside` are added.
+        beside: further tables by file name, see `read_beside`.
 
     Returns:
         The manifest as written.
@@ -179,16 +177,32 @@ def write_tables(
         "fingerprint": _fingerprint(interactions, items, users),
         "catalogue": catalogue_fingerprint(_strings(items, RAW_ITEM_ID)),
     }
-    folder = workspace.processed(domain)
-    with ExitStack() as parts:
-        # Left in reverse: the manifest is renamed last.
-        manifest_part = parts.enter_context(written_whole(folder / MANIFEST))
+    with written_together(workspace.processed(domain)) as part:
         for name, table in ((INTERACTIONS, interactions), (ITEMS, items), (USERS, users)):
-            pq.write_table(table, parts.enter_context(written_whole(folder / name)), compression="zstd")
+            pq.write_table(table, part(name), compression="zstd")
+        manifest.pop("beside", None)
+        for name, table in (beside or {}).items():
+            path = part(name)
+            pq.write_table(table, path, compression="zstd")
+            manifest.setdefault("beside", {})[name] = sha256(path)
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-        manifest_part.write_text(text + "\n", encoding="utf-8")
-        (folder / MANIFEST).unlink(missing_ok=True)
+        part(MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
+
+
+def read_beside(workspace: Workspace, domain: str, manifest: Mapping[str, Any], name: str) -> pa.Table | None:
+    """A table that was written beside a domain's tables, or None if their manifest knows of none.
+
+    Raises:
+        DataError: it is not there any more, or another one.
+    """
+    digest = manifest.get("beside", {}).get(name)
+    if digest is None:
+        return None
+    path = workspace.processed(domain) / name
+    if not path.is_file() or sha256(path) != digest:
+        raise DataError(f"{path} is not the file that {MANIFEST} describes", hint=preprocess_command(workspace, domain))
+    return pq.read_table(path, partitioning=None)
 
 
 def write_images(
@@ -235,6 +249,7 @@ def read_manifest(workspace: Workspace, domain: str) -> dict[str, Any]:
     """
     path = workspace.processed(domain) / MANIFEST
     hint = preprocess_command(workspace, domain)
+    finish_renames(path.parent)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -5,15 +5,33 @@ E = expand * D, H heads. Two streams are image (first) and text (last).
 """
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import CausalConv, FourierFilter, TimeFactor
 from mmm4rec_cli.settings.schema import ModelSettings
-from mmm4rec_kernels import CrossProjections, ssd_block
+from mmm4rec_kernels import CrossProjections, hardswish_dropout, linear, residual_norm, ssd_block
+
+PARTS = ("weight", "bias")
+
+
+class Linear(nn.Linear):
+    """A linear layer through the kernels' `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] in, [..., C] out."""
+        return linear(x, self.weight, self.bias)
+
+
+class Norm(nn.LayerNorm):
+    """The layer norm of a residual sum; options as of the kernels' `residual_norm`."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        """As x."""
+        return residual_norm(x, self.weight, self.bias, eps=self.eps, **options)
 
 
 class RMSGate(nn.Module):
@@ -37,7 +55,7 @@ class StateSpace(nn.Module):
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSGate(inner)
-        self.out_proj = nn.Linear(inner, config.hidden_size)
+        self.out_proj = Linear(inner, config.hidden_size)
         self.time: TimeFactor | None = None
         if config.time != "none":
             self.time = TimeFactor(heads, config.max_len, config.d_conv, config.time_dropout)
@@ -94,7 +112,7 @@ class SSD(StateSpace):
     def __init__(self, config: ModelSettings) -> None:
         super().__init__(config)
         inner, states = config.expand * config.hidden_size, config.n_groups * config.d_state
-        self.in_proj = nn.Linear(config.hidden_size, 2 * inner + 2 * states + config.n_heads)
+        self.in_proj = Linear(config.hidden_size, 2 * inner + 2 * states + config.n_heads)
         self.conv = CausalConv(inner + 2 * states, config.d_conv)
         if config.time != "none":
             self.time_gate = nn.Linear(config.max_len, config.max_len if config.point_time_gate else 1)
@@ -117,16 +135,18 @@ class CrossSSD(StateSpace):
     def __init__(self, config: ModelSettings) -> None:
         super().__init__(config)
         inner, states = config.expand * config.hidden_size, config.n_groups * config.d_state
-        self.u_in_proj = nn.Linear(config.hidden_size, inner + states + config.n_heads)
-        self.z_in_proj = nn.Linear(config.hidden_size, inner)
-        self.q_in_proj = nn.Linear(config.hidden_size, states)
+        self.u_in_proj = Linear(config.hidden_size, inner + states + config.n_heads)
+        self.z_in_proj = Linear(config.hidden_size, inner)
+        self.q_in_proj = Linear(config.hidden_size, states)
         self.u_conv = CausalConv(inner + states, config.d_conv)
         self.q_conv = CausalConv(states, config.d_conv)
 
     def forward(self, q_SD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places) -> Tensor:
         """The block's output [S, D]; its time stream ends here."""
         projected = CrossProjections(
-            xBdt=self.u_in_proj(u_SD)[None], z=self.z_in_proj(q_SD + u_SD)[None], C=self.q_in_proj(q_SD)[None]
+            xBdt=self.u_in_proj(u_SD)[None],
+            z=self.z_in_proj(q_SD + u_SD)[None],
+            C=self.q_in_proj(q_SD)[None],
         )
         conv_weight = torch.cat([self.u_conv.weight, self.q_conv.weight])
         conv_bias = torch.cat([self.u_conv.bias, self.q_conv.bias])
@@ -139,15 +159,17 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelSettings) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.inner_size)
-        self.fc2 = nn.Linear(config.inner_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
+        self.fc1 = Linear(config.hidden_size, config.inner_size)
+        self.fc2 = Linear(config.inner_size, config.hidden_size)
+        self.norm = Norm(config.hidden_size, eps=1e-12)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, D] in and out."""
-        out: Tensor = self.norm(self.dropout(self.fc2(self.dropout(F.hardswish(self.fc1(x))))) + x)
-        return out
+        inner = hardswish_dropout(self.fc1(x), p=self.dropout, training=self.training)
+        out = self.fc2(inner)
+        normed: Tensor = self.norm(out, residual=x, p=self.dropout, training=self.training)
+        return normed
 
 
 class CrossModalLayer(nn.Module):
@@ -156,8 +178,8 @@ class CrossModalLayer(nn.Module):
     def __init__(self, config: ModelSettings) -> None:
         super().__init__()
 
-        def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        def norm() -> Norm:
+            return Norm(config.hidden_size, eps=config.norm_eps)
 
         def feed_forward() -> nn.Module:
             return FeedForward(config) if config.feed_forward else nn.Identity()
@@ -168,17 +190,20 @@ class CrossModalLayer(nn.Module):
         self.cross_ssd = CrossSSD(config)
         self.cross_norm, self.image_ffn = norm(), feed_forward()
         self.filter = FourierFilter(config.max_len) if config.time != "none" else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(
         self, items_nSD: Tensor, streams_MBHT: Tensor | None, places: Places
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """New image [S, D], new text [S, D], new time streams (unfiltered)."""
         out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places)
-        image_SD, text_SD = self.dropout(out_nSD) + items_nSD
-        text_SD = self.text_ffn(self.text_norm(text_SD))
-        query_SD = self.image_norm(image_SD)
+        # Both modalities' residual and norm at once, each with its own weights.
+        weight, bias = (torch.stack([getattr(m, k) for m in (self.image_norm, self.text_norm)]) for k in PARTS)
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        eps = self.image_norm.eps
+        query_SD, text_SD = residual_norm(out_nSD, weight, bias, residual=items_nSD, eps=eps, **drop)
+        text_SD = self.text_ffn(text_SD)
         joint_BHT = None if self.filter is None or streams_MBHT is None else self.filter(streams_MBHT)
         out_SD = self.cross_ssd(query_SD, text_SD, joint_BHT, places)
-        image_SD = self.image_ffn(self.cross_norm(self.dropout(out_SD) + query_SD + text_SD))
+        image_SD = self.image_ffn(self.cross_norm(out_SD, residual=query_SD, other=text_SD, **drop))
         return image_SD, text_SD, streams_MBHT

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmm4rec_cli.data.sequences import Windows
 from mmm4rec_cli.models import published
-from mmm4rec_cli.models.blocks import CrossModalLayer
+from mmm4rec_cli.models.blocks import CrossModalLayer, Linear, Norm
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import ObservedGaps, PublishedGaps
@@ -39,10 +39,10 @@ class ModalityInput(nn.Module):
             present = features_VF[1:][~missing_V[1:]]
             start = present.mean(0) if len(present) else torch.zeros(width, dtype=features_VF.dtype)
             self.missing = nn.Parameter(start)
-        self.adapter = nn.Linear(width, config.hidden_size)
+        self.adapter = Linear(width, config.hidden_size)
         self.item_bias = nn.Parameter(torch.zeros(rows, config.hidden_size)) if config.item_bias else None
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.norm = Norm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = config.embedding_dropout
 
     def vectors(self, items: Tensor | None = None) -> Tensor:
         """Item vectors [..., D] of the ids, or [V, D] of the whole catalogue: adapter plus item bias."""
@@ -58,7 +58,7 @@ class ModalityInput(nn.Module):
     def forward(self, items_S: Tensor, vectors_VD: Tensor | None = None) -> Tensor:
         """The stream's start [S, D]; `vectors_VD` are the catalogue's vectors where they are at hand."""
         vectors_SD = self.vectors(items_S) if vectors_VD is None else F.embedding(items_S, vectors_VD)
-        out: Tensor = self.norm(self.dropout(vectors_SD))
+        out: Tensor = self.norm(vectors_SD, p=self.dropout, training=self.training)
         return out
 
 

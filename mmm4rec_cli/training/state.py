@@ -87,6 +87,10 @@ def load_state(path: Path, trainer: "Trainer") -> Progress:
     groups = optimizer.state_dict()["param_groups"]
     groups[0]["lr"] = document.pop("lr")
     optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
+    for name in ("step", "mu_product"):
+        # Loading casts what belongs to a parameter to its dtype and device; these two are numbers.
+        if name in state:
+            optimizer.state[parameters.values][name] = state[name]
     torch.set_rng_state(tensors[f"random.cpu.{world.rank}"])
     if trainer.device.type == "cuda" and f"random.cuda.{world.rank}" in tensors:
         torch.cuda.set_rng_state(tensors[f"random.cuda.{world.rank}"], trainer.device)

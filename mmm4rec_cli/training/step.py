@@ -72,6 +72,8 @@ class Gradients:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self.sequences = model, sequences
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.totals = [p.grad for p in self.parameters if p.grad is not None]
         self.in_batch, self.max_len, self.number_format = in_batch, max_len, number_format
         self.device, self.world = device, world or World()
         self.graphs = graphs and device.type == "cuda" and sequences.items_N.is_cuda
@@ -102,7 +104,10 @@ class Gradients:
         windows = self._shared(windows, candidates_C).to(self.device)
         with precision(self.number_format, self.device):
             loss = self.model.training_loss(windows, in_batch=self.in_batch)
-        (loss * weight.to(loss.dtype)).backward()  # type: ignore[no-untyped-call]
+        gradients = torch.autograd.grad(loss * weight.to(loss.dtype), self.parameters, allow_unused=True)
+        # One operation for all parameters; accumulating each on its own costs a kernel a parameter.
+        found = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        torch._foreach_add_([self.totals[i] for i in found], [gradients[i] for i in found])
         return loss.detach().double()
 
     def _shared(self, windows: Windows, candidates_C: Tensor | None) -> Windows:

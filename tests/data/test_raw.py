@@ -1,21 +1,17 @@
 import gzip
 import json
 
-import polars as pl
 import pytest
 
 from mmm4rec_cli.data import raw
 from mmm4rec_cli.errors import DataError
 
-FIELDS = {"asin": pl.String, "title": pl.String, "image": pl.List(pl.String)}
-
 
 def decode(path, literals=True):
-    batches = [
-        raw.decoded(batch, FIELDS, literals=literals, path=path, hint="mend it")
-        for batch in raw.line_batches(path, "fetch it")
+    return [
+        (number, raw.scalar(item.get("asin")), raw.joined(item.get("title")), raw.strings(item.get("image")))
+        for number, item in raw.objects(path, "fetch it", literals=literals)
     ]
-    return pl.concat(batches).rows()
 
 
 def write(path, *lines):

@@ -81,11 +81,14 @@ def recorded(model: MMM4Rec, golden: Golden, monkeypatch: pytest.MonkeyPatch) ->
         model.gaps.register_forward_pre_hook(lambda module, inputs: calls["gaps.raw"].append(inputs[0]))
         model.gaps.register_forward_hook(keep("gaps.ln"))
     for i, layer in enumerate(model.layers):
-        for part in ("ssd", "cross_ssd", "text_norm", "image_norm", "cross_norm", "text_ffn", "image_ffn", "filter"):
+        for part in ("ssd", "cross_ssd", "cross_norm", "text_ffn", "image_ffn", "filter"):
             module = getattr(layer, part)
             if module is not None:
                 module.register_forward_hook(keep(f"{i}.{part}"))
-        layer.register_forward_hook(keep(f"{i}"))
+        # The norms of both modalities are one operation: what they give is what the next module is given.
+        for part in ("text_ffn", "cross_ssd"):
+            module = getattr(layer, part)
+            module.register_forward_pre_hook(lambda m, inputs, name=f"{i}.{part}.given": calls[name].append(inputs[0]))
     scan = composed.ssd
 
     def recording_scan(x, dt, *args, **kwargs):
@@ -114,9 +117,9 @@ def recorded(model: MMM4Rec, golden: Golden, monkeypatch: pytest.MonkeyPatch) ->
             mid[f"L{i}.{block}.ssd_time_out"] = mid[f"L{i}.{block}oder_time_out"] = (
                 None if stream is None else stream[part]
             )
-        mid[f"L{i}.enc.after_ssd_norm"] = calls[f"{i}.text_norm"][0]
+        mid[f"L{i}.enc.after_ssd_norm"] = calls[f"{i}.text_ffn.given"][0]
         mid[f"L{i}.encoder_out"] = calls[f"{i}.text_ffn"][0]
-        mid[f"L{i}.dec.after_ssd_norm"] = calls[f"{i}.image_norm"][0]
+        mid[f"L{i}.dec.after_ssd_norm"] = calls[f"{i}.cross_ssd.given"][0]
         mid[f"L{i}.dec.co_time"] = calls[f"{i}.filter"][0] if calls[f"{i}.filter"] else None
         mid[f"L{i}.dec.co_ssd_out"] = calls[f"{i}.cross_ssd"][0]
         mid[f"L{i}.dec.after_co_norm"] = calls[f"{i}.cross_norm"][0]

@@ -1,0 +1,113 @@
+"""What stands between the matrix products of a network: residual sums with dropout and norm, activations, biases.
+
+On a GPU each is one kernel a direction; elsewhere the plain torch form. Letters: n groups of rows with weights of their
+own, S rows a group, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from mmm4rec_kernels.backend import availability, interpreting
+from mmm4rec_kernels.rows import ops
+
+__all__ = ["hardswish_dropout", "linear", "residual_norm"]
+
+MAX_WIDTH = 8192
+"""Widest row that the kernels take."""
+
+
+def _by_kernel(x: torch.Tensor) -> bool:
+    return (x.is_cuda or interpreting()) and x.dtype != torch.float64 and availability("triton").available
+
+
+def _seed(x: torch.Tensor, p: float, training: bool) -> torch.Tensor | None:
+    """A draw from torch's own generator, on the device, so that dropout follows `torch.manual_seed`."""
+    if not training or p == 0:
+        return None
+    return torch.randint(1 << 62, (1,), device=x.device)
+
+
+def residual_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    p: float = 0.0,
+    training: bool = False,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Layer norm of dropout(x) + residual + other.
+
+    Args:
+        x: [S, D], or [n, S, D] where every group has weights of its own.
+        weight: [D] or [n, D].
+        bias: like weight.
+        residual: added to it, shaped as x, or None.
+        other: likewise.
+        p: probability of dropout, on x alone.
+        training: dropout is drawn.
+        eps: added to the variance inside the root.
+
+    Returns:
+        As x. On a GPU the arithmetic is float32 for every dtype but float64.
+    """
+    if torch.is_autocast_enabled(x.device.type):  # as torch's own norm, which stays in float32
+        x = x.float()
+        residual, other = (t if t is None else t.float() for t in (residual, other))
+    if not _by_kernel(x) or x.shape[-1] > MAX_WIDTH:
+        total = F.dropout(x, p, training)
+        for added in (residual, other):
+            total = total if added is None else total + added
+        if weight.dim() == 1:
+            return F.layer_norm(total, weight.shape, weight, bias, eps)
+        return torch.stack(
+            [F.layer_norm(t, t.shape[-1:], w, b, eps) for t, w, b in zip(total, weight, bias, strict=True)]
+        )
+    flat = [None if t is None else t.contiguous().view(-1, *t.shape[-2:]) for t in (x, residual, other)]
+    assert flat[0] is not None
+    groups = flat[0].shape[0]
+    weights = [w.expand(groups, -1).contiguous() for w in (weight, bias)]
+    out, _ = ops.norm_forward(flat[0], flat[1], flat[2], *weights, _seed(x, p, training), p, eps)
+    result: torch.Tensor = out.view(x.shape)
+    return result
+
+
+def hardswish_dropout(x: torch.Tensor, *, p: float = 0.0, training: bool = False) -> torch.Tensor:
+    """Dropout of hardswish(x) = x clip(x + 3, 0, 6) / 6, any shape."""
+    if not _by_kernel(x):
+        return F.dropout(F.hardswish(x), p, training)
+    result: torch.Tensor = ops.hardswish_forward(x.contiguous(), _seed(x, p, training), p)
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    """As F.linear, but for the gradient of the bias, which torch sums several times slower than the memory allows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        d_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        d_weight = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        d_bias = ops.sum_rows(rows).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return d_x, d_weight, d_bias
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """X weightᵀ + bias; [..., D] in, [..., C] out, weight [C, D], bias [C]."""
+    if not _by_kernel(x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    result: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,275 @@
+# Triton kernels carry no Python types, and their arguments are explained at the top of the file.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""Row-wise operations as Triton kernels. Letters: n groups of rows with weights of their own, S rows a group, D width.
+
+A program takes BR rows at a time; where sums over rows are wanted it takes every P-th block of its group and keeps them
+in registers, so that no two programs write to one place and results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mmm4rec_kernels.launch import processors
+
+ELEMENTS = 1024
+"""Elements of a tile."""
+PROGRAMS = 4
+"""Programs of the kernels with sums, for each multiprocessor."""
+
+
+@triton.jit
+def _kept(p_seed, o_element, p):
+    """Which elements dropout keeps, times 1 / (1 - p)."""
+    b_random = tl.rand(tl.load(p_seed), o_element.to(tl.int32))
+    return tl.where(b_random >= p, 1.0 / (1.0 - p), 0.0)
+
+
+@triton.jit
+def residual_norm_forward(
+    p_x,
+    p_residual,
+    p_other,
+    p_weight,
+    p_bias,
+    p_seed,
+    p_out,
+    p_sum,
+    rows,
+    p,
+    eps,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_n = tl.program_id(1)
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    o_d = tl.arange(0, BD)
+    mask = (o_r < rows)[:, None] & (o_d < D)[None, :]
+    o_element = (i_n * rows + o_r).to(tl.int64)[:, None] * D + o_d[None, :]
+    b_h = tl.load(p_x + o_element, mask=mask, other=0.0).to(tl.float32)
+    if p_seed is not None:
+        b_h *= _kept(p_seed, o_element, p)
+    if p_residual is not None:
+        b_h += tl.load(p_residual + o_element, mask=mask, other=0.0).to(tl.float32)
+    if p_other is not None:
+        b_h += tl.load(p_other + o_element, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_sum + o_element, b_h.to(p_sum.dtype.element_ty), mask=mask)
+    b_mean = tl.sum(b_h, 1) / D
+    b_centred = tl.where(mask, b_h - b_mean[:, None], 0.0)
+    b_scale = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, 1) / D + eps)
+    b_weight = tl.load(p_weight + i_n * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_bias = tl.load(p_bias + i_n * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_out = b_centred * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]
+    tl.store(p_out + o_element, b_out.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def residual_norm_backward(
+    p_grad,
+    p_sum,
+    p_weight,
+    p_seed,
+    p_dx,
+    p_dsum,
+    p_sums,
+    rows,
+    p,
+    eps,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_n = tl.program_id(1)
+    o_d = tl.arange(0, BD)
+    b_weight = tl.load(p_weight + i_n * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_dweight = tl.zeros([BD], tl.float32)
+    b_dbias = tl.zeros([BD], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0)):
+        o_r = block * BR + tl.arange(0, BR)
+        mask = (o_r < rows)[:, None] & (o_d < D)[None, :]
+        o_element = (i_n * rows + o_r).to(tl.int64)[:, None] * D + o_d[None, :]
+        b_h = tl.load(p_sum + o_element, mask=mask, other=0.0).to(tl.float32)
+        b_grad = tl.load(p_grad + o_element, mask=mask, other=0.0).to(tl.float32)
+        b_mean = tl.sum(b_h, 1) / D
+        b_centred = tl.where(mask, b_h - b_mean[:, None], 0.0)
+        b_scale = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, 1) / D + eps)
+        b_normed = b_centred * b_scale[:, None]
+        b_dweight += tl.sum(b_grad * b_normed, 0)
+        b_dbias += tl.sum(b_grad, 0)
+        b_grad *= b_weight[None, :]
+        b_along = tl.sum(b_grad * b_normed, 1) / D
+        b_dh = b_scale[:, None] * (b_grad - tl.sum(b_grad, 1)[:, None] / D - b_normed * b_along[:, None])
+        if p_dsum is not None:
+            tl.store(p_dsum + o_element, b_dh.to(p_dsum.dtype.element_ty), mask=mask)
+        if p_seed is not None:
+            b_dh *= _kept(p_seed, o_element, p)
+        if p_dx is not None:
+            tl.store(p_dx + o_element, b_dh.to(p_dx.dtype.element_ty), mask=mask)
+    o_sums = (i_n * tl.num_programs(0) + tl.program_id(0)) * 2 * D + o_d
+    tl.store(p_sums + o_sums, b_dweight, mask=o_d < D)
+    tl.store(p_sums + o_sums + D, b_dbias, mask=o_d < D)
+
+
+@triton.jit
+def column_sums(p_x, p_sums, rows, columns, stride, BR: tl.constexpr, BC: tl.constexpr):
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    b_sum = tl.zeros([BC], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0)):
+        o_r = block * BR + tl.arange(0, BR)
+        mask = (o_r < rows)[:, None] & (o_c < columns)[None, :]
+        b_x = tl.load(p_x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :], mask=mask, other=0.0)
+        b_sum += tl.sum(b_x.to(tl.float32), 0)
+    tl.store(p_sums + tl.program_id(0).to(tl.int64) * columns + o_c, b_sum, mask=o_c < columns)
+
+
+@triton.jit
+def activation_forward(p_x, p_seed, p_out, size, p, BLOCK: tl.constexpr):
+    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o_x < size
+    b_x = tl.load(p_x + o_x, mask=mask, other=0.0).to(tl.float32)
+    b_out = b_x * tl.minimum(tl.maximum(b_x + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+    if p_seed is not None:
+        b_out *= _kept(p_seed, o_x, p)
+    tl.store(p_out + o_x, b_out.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activation_backward(p_grad, p_x, p_seed, p_dx, size, p, BLOCK: tl.constexpr):
+    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o_x < size
+    b_x = tl.load(p_x + o_x, mask=mask, other=0.0).to(tl.float32)
+    b_dx = tl.load(p_grad + o_x, mask=mask, other=0.0).to(tl.float32)
+    if p_seed is not None:
+        b_dx *= _kept(p_seed, o_x, p)
+    b_slope = tl.where(b_x <= -3.0, 0.0, tl.where(b_x < 3.0, b_x * (1.0 / 3.0) + 0.5, 1.0))
+    tl.store(p_dx + o_x, (b_dx * b_slope).to(p_dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def nadam_step(
+    p_value,
+    p_gradient,
+    p_first,
+    p_second,
+    size,
+    lr_gradient,
+    lr_first,
+    beta1,
+    beta2,
+    correction,
+    eps,
+    decay,
+    BLOCK: tl.constexpr,
+):
+    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o_x < size
+    b_value = tl.load(p_value + o_x, mask=mask, other=0.0)
+    b_gradient = tl.load(p_gradient + o_x, mask=mask, other=0.0) + decay * b_value
+    b_first = tl.load(p_first + o_x, mask=mask, other=0.0)
+    b_second = tl.load(p_second + o_x, mask=mask, other=0.0)
+    b_first += (1.0 - beta1) * (b_gradient - b_first)
+    b_second = beta2 * b_second + (1.0 - beta2) * b_gradient * b_gradient
+    b_root = tl.sqrt_rn(b_second / correction) + eps
+    b_value -= (lr_gradient * b_gradient + lr_first * b_first) / b_root
+    tl.store(p_value + o_x, b_value, mask=mask)
+    tl.store(p_first + o_x, b_first, mask=mask)
+    tl.store(p_second + o_x, b_second, mask=mask)
+
+
+def _tile(width: int) -> dict[str, int]:
+    columns = triton.next_power_of_2(width)
+    return {"BR": max(1, ELEMENTS // columns), "BD": columns, "num_warps": 4 if columns <= 2048 else 8}
+
+
+def norm_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    other: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    seed: torch.Tensor | None,
+    p: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Result and the sum before the norm, [n, S, D]; all inputs contiguous."""
+    groups, rows, width = x.shape
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    tile = _tile(width)
+    if x.numel():
+        grid = (triton.cdiv(rows, tile["BR"]), groups)
+        residual_norm_forward[grid](x, residual, other, weight, bias, seed, out, total, rows, p, eps, D=width, **tile)
+    return out, total
+
+
+def norm_backward(
+    grad: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    seed: torch.Tensor | None,
+    p: float,
+    eps: float,
+    want_x: bool,
+    want_sum: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x and of what was added to it (empty where not wanted), weight [n, D] and bias [n, D] (float32)."""
+    groups, rows, width = total.shape
+    d_x = torch.empty_like(total) if want_x else total.new_empty(0)
+    d_sum = torch.empty_like(total) if want_sum else total.new_empty(0)
+    tile = _tile(width)
+    programs = max(1, min(triton.cdiv(rows, tile["BR"]), processors(total) * PROGRAMS // groups))
+    sums = torch.empty(groups, programs, 2, width, dtype=torch.float32, device=total.device)
+    residual_norm_backward[(programs, groups)](
+        grad.contiguous(),
+        total,
+        weight,
+        seed,
+        d_x if want_x else None,
+        d_sum if want_sum else None,
+        sums,
+        rows,
+        p,
+        eps,
+        D=width,
+        **tile,
+    )
+    d_weight, d_bias = sums.sum(1).unbind(1)
+    # Copies: the outputs of an operator of torch must not share memory.
+    return d_x, d_sum, d_weight.clone(), d_bias.clone()
+
+
+def sum_rows(x: torch.Tensor) -> torch.Tensor:
+    """[S, C] with contiguous columns to the sum over rows, [C] float32."""
+    rows, columns = x.shape
+    block = 32 if columns <= 64 else 128
+    wide = triton.cdiv(columns, block)
+    height = 2048 // block
+    programs = max(1, min(triton.cdiv(rows, height), -(-processors(x) * 8 // wide)))
+    sums = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+    column_sums[(programs, wide)](x, sums, rows, columns, x.stride(0), BR=height, BC=block, num_warps=4)
+    return sums.sum(0)
+
+
+def hardswish(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
+    """Dropout of hardswish of a contiguous tensor."""
+    out = torch.empty_like(x)
+    if x.numel():
+        activation_forward[(triton.cdiv(x.numel(), 1024),)](x, seed, out, x.numel(), p, BLOCK=1024)
+    return out
+
+
+def hardswish_backward(grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
+    """Gradient of x."""
+    d_x = torch.empty_like(x)
+    if x.numel():
+        activation_backward[(triton.cdiv(x.numel(), 1024),)](grad.contiguous(), x, seed, d_x, x.numel(), p, BLOCK=1024)
+    return d_x
+
+
+def nadam(
+    value: torch.Tensor, gradient: torch.Tensor, first: torch.Tensor, second: torch.Tensor, *factors: float
+) -> None:
+    """One step in place on flat float32 tensors; factors as in `nadam_step`."""
+    nadam_step[(triton.cdiv(value.numel(), 1024),)](value, gradient, first, second, value.numel(), *factors, BLOCK=1024)

@@ -1,0 +1,153 @@
+"""Row-wise operations as operators of torch, with shapes for tracing and gradients.
+
+The kernels are imported when one runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+@torch.library.custom_op("mmm4rec_kernels::residual_norm", mutates_args=())
+def norm_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    other: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    seed: torch.Tensor | None,
+    p: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Result and the sum before the norm, [n, S, D]."""
+    from mmm4rec_kernels.rows import fused
+
+    return fused.norm_forward(x, residual, other, weight, bias, seed, p, eps)
+
+
+@norm_forward.register_fake
+def _norm_shapes(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("mmm4rec_kernels::residual_norm_backward", mutates_args=())
+def norm_backward(
+    grad: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    seed: torch.Tensor | None,
+    p: float,
+    eps: float,
+    want_x: bool,
+    want_sum: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, of what was added (empty where not wanted) and, in float32, of weight and bias."""
+    from mmm4rec_kernels.rows import fused
+
+    return fused.norm_backward(grad, total, weight, seed, p, eps, want_x, want_sum)
+
+
+@norm_backward.register_fake
+def _norm_backward_shapes(
+    grad: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    seed: torch.Tensor | None,
+    p: float,
+    eps: float,
+    want_x: bool,
+    want_sum: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = torch.empty_like(weight, dtype=torch.float32)
+    return (
+        torch.empty_like(total) if want_x else total.new_empty(0),
+        torch.empty_like(total) if want_sum else total.new_empty(0),
+        wide,
+        torch.empty_like(wide),
+    )
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    _x, residual, other, weight, bias, seed, ctx.p, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.added = residual is not None, other is not None
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(output[1], weight, seed)
+
+
+def _backward_norm(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    total, weight, seed = ctx.saved_tensors
+    added = any(ctx.added)
+    # Without dropout x and what is added to it have one gradient.
+    apart = seed is not None or not added
+    d_x, d_sum, d_weight, d_bias = norm_backward(grad, total, weight, seed, ctx.p, ctx.eps, apart, added)
+    return (
+        d_x if apart else d_sum,
+        d_sum if ctx.added[0] else None,
+        d_sum if ctx.added[1] else None,
+        d_weight.to(weight.dtype),
+        d_bias.to(ctx.bias_dtype),
+        None,
+        None,
+        None,
+    )
+
+
+norm_forward.register_autograd(_backward_norm, setup_context=_save_norm)
+
+
+@torch.library.custom_op("mmm4rec_kernels::sum_rows", mutates_args=())
+def sum_rows(x: torch.Tensor) -> torch.Tensor:
+    """[S, C] to [C], float32."""
+    from mmm4rec_kernels.rows import fused
+
+    return fused.sum_rows(x)
+
+
+@sum_rows.register_fake
+def _sum_shapes(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("mmm4rec_kernels::hardswish", mutates_args=())
+def hardswish_forward(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
+    """Dropout of hardswish."""
+    from mmm4rec_kernels.rows import fused
+
+    return fused.hardswish(x, seed, p)
+
+
+@hardswish_forward.register_fake
+def _hardswish_shapes(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("mmm4rec_kernels::hardswish_backward", mutates_args=())
+def hardswish_backward(grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
+    """Gradient of x."""
+    from mmm4rec_kernels.rows import fused
+
+    return fused.hardswish_backward(grad, x, seed, p)
+
+
+@hardswish_backward.register_fake
+def _hardswish_backward_shapes(grad: torch.Tensor, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _save_hardswish(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, seed, ctx.p = inputs
+    ctx.save_for_backward(x, seed)
+
+
+def _backward_hardswish(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, seed = ctx.saved_tensors
+    return hardswish_backward(grad, x, seed, ctx.p), None, None
+
+
+hardswish_forward.register_autograd(_backward_hardswish, setup_context=_save_hardswish)

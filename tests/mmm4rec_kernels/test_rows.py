@@ -1,0 +1,146 @@
+"""Residual norm, activation and bias sums: the torch form, and the kernels in the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmm4rec_kernels import hardswish_dropout, linear, residual_norm
+from mmm4rec_kernels.rows import ops
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BY_KERNEL = INTERPRETED or torch.cuda.is_available()
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+by_kernel = pytest.mark.skipif(not BY_KERNEL, reason="runs in test_the_kernels_interpreted, and on a GPU")
+
+
+def inputs(groups: int | None, rows: int = 21, width: int = 24, count: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    shape = (rows, width) if groups is None else (groups, rows, width)
+    weights = (width,) if groups is None else (groups, width)
+    tensors = [torch.randn(shape, generator=generator) for _ in range(count)]
+    return [t.to(DEVICE) for t in [*tensors, *(torch.randn(weights, generator=generator) for _ in range(2))]]
+
+
+def plain(x, residual, other, weight, bias):
+    total = x if residual is None else x + residual
+    total = total if other is None else total + other
+    normed = F.layer_norm(total, total.shape[-1:], eps=1e-5)
+    if weight.dim() == 2:
+        weight, bias = weight[:, None], bias[:, None]
+    return normed * weight + bias
+
+
+@pytest.mark.parametrize("added", [0, 1, 2])
+@pytest.mark.parametrize("groups", [None, 2])
+def test_residual_norm_and_its_gradients(groups, added):
+    given = [t.requires_grad_() for t in inputs(groups)]
+    x, residual, other, weight, bias = given
+    residual, other = residual if added else None, other if added == 2 else None
+    got = residual_norm(x, weight, bias, residual=residual, other=other, eps=1e-5)
+    double = [None if t is None else t.detach().double().requires_grad_() for t in (x, residual, other, weight, bias)]
+    want = plain(*double)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    up = torch.randn_like(want)
+    got.backward(up.float())
+    want.backward(up)
+    for leaf, other_leaf in zip((x, residual, other, weight, bias), double, strict=True):
+        if leaf is not None:
+            torch.testing.assert_close(leaf.grad.double(), other_leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_acts_on_the_first_argument_alone():
+    x, residual, *_ = inputs(None, rows=400)
+    ones = torch.ones(x.shape[-1], device=DEVICE)
+    torch.manual_seed(3)
+    kept = hardswish_dropout(torch.full_like(x, 5.0), p=0.25, training=True)
+    assert kept.unique().tolist() == pytest.approx([0.0, 5 / 0.75])
+    assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(hardswish_dropout(x, p=0.25), F.hardswish(x)) or BY_KERNEL
+    calm = residual_norm(x, ones, 0 * ones, residual=residual, p=0.25)
+    torch.testing.assert_close(calm, residual_norm(x, ones, 0 * ones, residual=residual))
+    shaken = residual_norm(x, ones, 0 * ones, residual=residual, p=0.25, training=True)
+    again = residual_norm(x, ones, 0 * ones, residual=residual, p=0.25, training=True)
+    assert not torch.equal(shaken, again)
+
+
+@by_kernel
+def test_the_gradient_sees_the_same_dropout_as_the_result():
+    x, residual, _, weight, bias = inputs(None, rows=50)
+    seed = torch.tensor([77], device=DEVICE)
+    x.requires_grad_()
+    out, total = ops.norm_forward(x[None], residual[None], None, weight[None], bias[None], seed, 0.4, 1e-5)
+    dropped = (total[0] - residual).abs() < 1e-6
+    assert 0.3 < float(dropped.float().mean()) < 0.5
+    torch.testing.assert_close((total[0] - residual)[~dropped], (x / 0.6)[~dropped], rtol=1e-4, atol=1e-5)
+    out.backward(torch.randn_like(out))
+    assert torch.equal(x.grad == 0, dropped)
+    y = torch.randn(300, device=DEVICE, requires_grad=True)
+    out = ops.hardswish_forward(y, seed, 0.4)
+    out.sum().backward()
+    slope = torch.where(y <= -3, 0.0, torch.where(y < 3, y / 3 + 0.5, 1.0)) / 0.6
+    lost = (out == 0) & (y.abs() > 1e-3) & (y > -3)
+    torch.testing.assert_close(y.grad[~lost], slope[~lost])
+    assert not y.grad[lost].any()
+
+
+@by_kernel
+@pytest.mark.parametrize(("rows", "columns"), [(1, 5), (33, 70), (300, 131)])
+def test_sums_over_rows_repeat_and_are_right(rows, columns):
+    x = torch.randn(rows, columns, device=DEVICE)
+    got = ops.sum_rows(x)
+    torch.testing.assert_close(got.double(), x.double().sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(got, ops.sum_rows(x))
+
+
+def test_linear_has_the_gradients_of_torchs_own():
+    x, weight, bias = torch.randn(2, 9, 6), torch.randn(11, 6), torch.randn(11)
+    results = []
+    for function in (linear, F.linear):
+        leaves = [t.clone().to(DEVICE).requires_grad_() for t in (x, weight, bias)]
+        y = function(*leaves)
+        (y * y).sum().backward()
+        results.append([y, *(t.grad for t in leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@by_kernel
+def test_the_fused_nadam_step_is_torchs():
+    from mmm4rec_kernels.rows import fused
+
+    torch.manual_seed(0)
+    start = torch.randn(3000, device=DEVICE)
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.NAdam([theirs], lr=1e-2, weight_decay=0.005)
+    value, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    product = 1.0
+    for k in range(1, 4):
+        gradient = torch.randn_like(start)
+        theirs.grad = gradient.clone()
+        optimizer.step()
+        now, following = (0.9 * (1 - 0.5 * 0.96 ** (j * 0.004)) for j in (k, k + 1))
+        product *= now
+        factors = 1e-2 * (1 - now) / (1 - product), 1e-2 * following / (1 - product * following)
+        fused.nadam(value, gradient, first, second, *factors, 0.9, 0.999, 1 - 0.999**k, 1e-8, 0.005)
+        torch.testing.assert_close(value, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="already inside")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_the_kernels_interpreted():
+    pytest.importorskip("triton")
+    here = Path(__file__)
+    paths = [str(here.parents[2] / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert "skipped" in result.stdout.splitlines()[-1]
+    assert " 1 skipped" in result.stdout.splitlines()[-1]
