@@ -237,7 +237,8 @@ class Moved:
     gone: int
 
 
-PER_ITEM = ("text.item_bias", "image.item_bias")
+PER_ITEM = ("text.item_bias", "image.item_bias", "items.weight", "text.features", "image.features")
+"""Item biases of MMM4Rec; of baselines the id table and, where they are noise (Q25), the feature tables."""
 
 
 def follow_raw_ids(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmm4rec_cli.commands.invocation import Invocation, Result, command, curves_of
+from mmm4rec_cli.settings.presets import MODELS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 @command(
     "mmm4rec finetune --domain scientific",
+    "mmm4rec finetune --domain scientific --model sasrec",
     "mmm4rec finetune --domain my-shop --pretrained none --seed 1 --seed 2 --seed 3",
 )
 def finetune(
@@ -33,7 +35,9 @@ def finetune(
             show_default="model.item_bias = true",
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="name of the model")] = "mmm4rec",
+    model: Annotated[
+        str, typer.Option(help=f"mmm4rec or a baseline: {', '.join(MODELS)}", metavar="NAME", show_default=True)
+    ] = "mmm4rec",
     encoder: Annotated[
         str | None, typer.Option(help="encoder of the item vectors", show_default="features.encoder = siglip")
     ] = None,
@@ -70,7 +74,7 @@ def finetune(
         "runtime.seed": seed[0] if seed else None,
         "runtime.device": device,
     }
-    resolved = invocation.resolved(domain=domain, options=options)
+    resolved = invocation.resolved(domain=domain, model=model, options=options)
     settings = resolved.settings
     if run is not None:
         settings = for_run(run.settings_document, resolved, run=run.id, reporter=reporter)

@@ -42,15 +42,21 @@ class Invocation:
     json: bool = False
     reporter: Reporter = field(default_factory=SilentReporter)
 
-    def resolved(self, *, domain: str | None = None, options: Mapping[str, Any] | None = None) -> "Resolved":
+    def resolved(
+        self, *, domain: str | None = None, model: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> "Resolved":
         """The settings and where each came from; `options` maps a setting to the command's own option, None: not given.
+
+        The presets of `domain` and `model` lie under all that is given.
 
         Raises:
             UsageError: as `mmm4rec_cli.settings.load`.
         """
         from mmm4rec_cli.settings import resolve
 
-        return resolve(self.config, self.overrides, domain=domain, options=options, workspace=self.workspace)
+        return resolve(
+            self.config, self.overrides, domain=domain, model=model, options=options, workspace=self.workspace
+        )
 
     def settings(self, *, domain: str | None = None, options: Mapping[str, Any] | None = None) -> "Settings":
         """`resolved`, the settings alone."""

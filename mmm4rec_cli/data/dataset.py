@@ -25,6 +25,20 @@ class ModelFeatures:
     image: Tensor
     text_missing: Tensor | None
     image_missing: Tensor | None
+    categories: Sequence[list[str] | None] | None = None
+    """Names of each item's categories, padding not among the items; None where no table has any."""
+
+    def category_counts(self) -> Tensor | None:
+        """How often each item is in each category, [V, C] float32; C names in the order of code points."""
+        names = sorted({name for names in self.categories or () for name in names or ()})
+        if self.categories is None or not names:
+            return None
+        column = {name: place for place, name in enumerate(names)}
+        counts = torch.zeros(len(self.text), len(names))
+        for item, mine in enumerate(self.categories, 1):
+            for name in mine or ():
+                counts[item, column[name]] += 1
+        return counts
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,8 @@ class Dataset:
     encoder: str
     fingerprint: str
     """Identity of the interactions and the catalogue."""
+    categories: list[list[str] | None] | None = None
+    """Names of each item's categories, in the order of item ids; None where no table has any."""
 
     @property
     def n_items(self) -> int:
@@ -67,7 +83,9 @@ class Dataset:
         if missing == "mean":
             tables = [_filled(table, mask) for table, mask in zip(tables, masks, strict=True)]
         learned = [torch.from_numpy(mask) if missing == "learned" and mask.any() else None for mask in masks]
-        return ModelFeatures(torch.from_numpy(tables[0]), torch.from_numpy(tables[1]), learned[0], learned[1])
+        return ModelFeatures(
+            torch.from_numpy(tables[0]), torch.from_numpy(tables[1]), learned[0], learned[1], self.categories
+        )
 
 
 def _filled(table: NDArray[np.float32], missing: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -124,6 +142,7 @@ def load_dataset(workspace: Workspace, domains: Sequence[str], encoder: str) -> 
             features=joined,
             encoder=encoder,
             fingerprint=table.fingerprint,
+            categories=table.categories,
         )
     return _joined(tables, features, encoder)
 
@@ -161,4 +180,11 @@ def _joined(tables: Sequence[Tables], features: Sequence[ItemFeatures], encoder:
         features=joined,
         encoder=encoder,
         fingerprint=identity,
+        categories=_joined_categories(tables),
     )
+
+
+def _joined_categories(tables: Sequence[Tables]) -> list[list[str] | None] | None:
+    if all(table.categories is None for table in tables):
+        return None
+    return [names for table in tables for names in table.categories or [None] * table.n_items]

@@ -4,11 +4,12 @@ import html
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from mmm4rec_cli.data import raw
-from mmm4rec_cli.data.columns import IMAGE, IMAGE_URL, ITEM_ID, RAW_ITEM_ID, TEXT, TITLE
+from mmm4rec_cli.data.columns import CATEGORIES, IMAGE, IMAGE_URL, ITEM_ID, RAW_ITEM_ID, TEXT, TITLE
 from mmm4rec_cli.data.interactions import BATCH, format_of, read_jsonl, read_parquet, require_columns
 from mmm4rec_cli.data.tables import image_entry
 from mmm4rec_cli.errors import DataError
@@ -89,11 +90,12 @@ def read_metadata(path: Path, rated: pl.Series, wanted: pl.Series, hint: str) ->
     needed = set(wanted)
     lines = 0
     frames: list[pl.DataFrame] = []
-    names = (ITEM_ID, TITLE, BRAND, DESCRIPTION, IMAGE, IMAGE_URL)
-    columns: tuple[list[str | None], ...] = tuple([] for _ in names)
+    texts = (ITEM_ID, TITLE, BRAND, DESCRIPTION, IMAGE, IMAGE_URL)
+    schema: dict[str, pl.DataType] = {**dict.fromkeys(texts, pl.String()), CATEGORIES: pl.List(pl.String())}
+    columns: tuple[list[Any], ...] = tuple([] for _ in schema)
 
     def flush() -> None:
-        frames.append(pl.DataFrame(dict(zip(names, columns, strict=True)), schema=dict.fromkeys(names, pl.String)))
+        frames.append(pl.DataFrame(dict(zip(schema, columns, strict=True)), schema=schema))
         for column in columns:
             column.clear()
 
@@ -109,6 +111,7 @@ def read_metadata(path: Path, rated: pl.Series, wanted: pl.Series, hint: str) ->
                 *(raw.joined(item.get(name)) for name in (TITLE, BRAND, DESCRIPTION)),
                 None,
                 next((url for url in addresses if url.strip()), None),
+                raw.strings(item.get("category")),
             )
             for column, field in zip(columns, (asin, *fields), strict=True):
                 column.append(field)
@@ -208,8 +211,8 @@ def with_texts(frame: pl.DataFrame) -> pl.DataFrame:
         frame: `item_id`, `image`, `image_url` and any of `text`, `title`, `brand`, `description` (all String).
 
     Returns:
-        `raw_item_id`, `title`, `text`, `image`, `image_url`. A usable text of the item's own is taken as it is, else
-        the parts are joined (MARKERS); null where nothing usable remains.
+        `raw_item_id`, `title`, `text`, `image`, `image_url` and, if there, `categories`. A usable text of the item's
+        own is taken as it is, else the parts are joined (MARKERS); null where nothing usable remains.
     """
     parts = {name: clean(frame[name]) for name in (TEXT, *MARKERS) if name in frame.columns}
     title = parts.get(TITLE, pl.repeat(None, frame.height, dtype=pl.String, eager=True)).alias(TITLE)
@@ -225,7 +228,8 @@ def with_texts(frame: pl.DataFrame) -> pl.DataFrame:
         joined = pl.concat_str(marked, separator=" ", ignore_nulls=True)
         texts.append(pl.when(joined != "").then(joined))
     text = cleaned.select(pl.coalesce(texts).alias(TEXT))[TEXT]
-    return pl.DataFrame([frame[ITEM_ID].alias(RAW_ITEM_ID), title, text, frame[IMAGE], frame[IMAGE_URL]])
+    kept = [frame[name] for name in (IMAGE, IMAGE_URL, CATEGORIES) if name in frame.columns]
+    return pl.DataFrame([frame[ITEM_ID].alias(RAW_ITEM_ID), title, text, *kept])
 
 
 def clean(texts: pl.Series) -> pl.Series:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmm4rec_cli.data.columns import (
+    CATEGORIES,
     IMAGE,
     IMAGE_URL,
     ITEM_ID,
@@ -59,6 +60,9 @@ ITEMS_SCHEMA = pa.schema(
     ]
 )
 """One row an item, item ids 1..V in order; `image` is relative to the workspace where it lies inside it."""
+
+CATEGORIES_FIELD = pa.field(CATEGORIES, pa.list_(pa.string()))
+"""A further column of the items where their source names categories: names, the same one may occur again."""
 
 USERS_SCHEMA = pa.schema(
     [
@@ -109,6 +113,11 @@ class Tables:
         """V, without the padding row."""
         return len(self.raw_item_ids)
 
+    @property
+    def categories(self) -> list[list[str] | None] | None:
+        """Names of each item's categories, or None where the table has no such column."""
+        return self.items[CATEGORIES].to_pylist() if CATEGORIES in self.items.column_names else None
+
 
 def command(workspace: Workspace, *words: str) -> str:
     """The command line that does `words` in this workspace, ready to be typed."""
@@ -157,7 +166,8 @@ def write_tables(
         The manifest as written.
     """
     interactions = interactions.select(INTERACTIONS_SCHEMA.names).cast(INTERACTIONS_SCHEMA)
-    items = items.select(ITEMS_SCHEMA.names).cast(ITEMS_SCHEMA)
+    items_schema = _with_categories(items.schema)
+    items = items.select(items_schema.names).cast(items_schema)
     users = users.select(USERS_SCHEMA.names).cast(USERS_SCHEMA)
     problem = _inconsistency(interactions, items, users)
     assert problem is None, problem
@@ -209,12 +219,12 @@ def write_images(
     """
     folder = workspace.processed(domain)
     manifest = read_manifest(workspace, domain)
-    items = _read(folder / ITEMS, ITEMS_SCHEMA, preprocess_command(workspace, domain))
+    items = _read(folder / ITEMS, ITEMS_SCHEMA, preprocess_command(workspace, domain), optional=CATEGORIES_FIELD)
     column = pa.array([None if path is None else image_entry(workspace, path) for path in paths], pa.string())
     assert len(column) == items.num_rows, f"{len(column)} paths for {items.num_rows} items"
     items = items.set_column(ITEMS_SCHEMA.get_field_index(IMAGE), ITEMS_SCHEMA.field(IMAGE), column)
     with written_whole(folder / ITEMS) as part:
-        pq.write_table(items.cast(ITEMS_SCHEMA), part, compression="zstd")
+        pq.write_table(items.cast(_with_categories(items.schema)), part, compression="zstd")
     manifest |= {"image_share": 1 - column.null_count / max(len(column), 1), **(entries or {})}
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -260,7 +270,7 @@ def read_tables(workspace: Workspace, domain: str) -> Tables:
     hint = preprocess_command(workspace, domain)
     manifest = read_manifest(workspace, domain)
     interactions = _read(folder / INTERACTIONS, INTERACTIONS_SCHEMA, hint)
-    items = _read(folder / ITEMS, ITEMS_SCHEMA, hint)
+    items = _read(folder / ITEMS, ITEMS_SCHEMA, hint, optional=CATEGORIES_FIELD)
     users = _read(folder / USERS, USERS_SCHEMA, hint)
     problem = _inconsistency(interactions, items, users)
     fingerprint = _fingerprint(interactions, items, users)
@@ -283,11 +293,17 @@ def read_tables(workspace: Workspace, domain: str) -> Tables:
     )
 
 
-def _read(path: Path, schema: pa.Schema, hint: str) -> pa.Table:
-    """Read a Parquet file's columns of `schema`, or say what is wrong with it."""
+def _with_categories(found: pa.Schema) -> pa.Schema:
+    return ITEMS_SCHEMA.append(CATEGORIES_FIELD) if CATEGORIES in found.names else ITEMS_SCHEMA
+
+
+def _read(path: Path, schema: pa.Schema, hint: str, optional: pa.Field | None = None) -> pa.Table:
+    """Read a Parquet file's columns of `schema`, and `optional` if it is there, or say what is wrong with it."""
     try:
         with pq.ParquetFile(path) as file:
             found = file.schema_arrow
+            if optional is not None and optional.name in found.names:
+                schema = schema.append(optional)
             problems = [
                 f"{path}: column {field.name!r} is missing"
                 if field.name not in found.names
@@ -342,6 +358,8 @@ def _fingerprint(interactions: pa.Table, items: pa.Table, users: pa.Table) -> st
         digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)
     for table, name in ((users, RAW_USER_ID), (items, RAW_ITEM_ID), (items, TITLE), (items, TEXT), (items, IMAGE_URL)):
         _add_strings(digest, _strings(table, name))
+    if CATEGORIES in items.column_names:
+        _add_strings(digest, (None if names is None else json.dumps(names) for names in items[CATEGORIES].to_pylist()))
     return digest.hexdigest()
 
 

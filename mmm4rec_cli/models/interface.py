@@ -24,6 +24,9 @@ class SequenceModel(nn.Module, ABC):
     reads_target_time: bool = False
     """Whether windows carry the target's own time stamp behind a short history (published behaviour Q2)."""
 
+    remark: str | None = None
+    """A line that whoever trains the model should know."""
+
     def __init__(self, *, padding_candidate: bool, mask_duplicate_labels: bool) -> None:
         super().__init__()
         self.padding_candidate = padding_candidate

@@ -1,8 +1,9 @@
 """Where the settings come from, and which source wins.
 
 From the strongest: an option of the command, `--set`, the environment (`MMM4REC_FINETUNE__LR=…`), `mmm4rec.toml`,
-the domain's preset, the protocol's preset, the default. Every source is read into a flat list of `Given` values, each
-with the name of its source, so that everything that is wrong in any of them is refused at once, by name.
+the domain's preset, the model's preset, the protocol's preset, the default. Every source is read into a flat list of
+`Given` values, each with the name of its source, so that everything that is wrong in any of them is refused at once, by
+name.
 """
 
 import difflib
@@ -21,7 +22,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from mmm4rec_cli.errors import RunError, UsageError
 from mmm4rec_cli.reporter import Reporter, SilentReporter
-from mmm4rec_cli.settings.presets import DOMAINS, Nested, merged
+from mmm4rec_cli.settings.presets import DOMAINS, MODELS, Nested, merged
 from mmm4rec_cli.settings.schema import Section, Settings
 from mmm4rec_cli.workspace import Workspace
 
@@ -78,6 +79,7 @@ def load(
     overrides: Iterable[str] = (),
     *,
     domain: str | None = None,
+    model: str | None = None,
     options: Mapping[str, Any] | None = None,
     workspace: Workspace | None = None,
 ) -> Settings:
@@ -87,13 +89,14 @@ def load(
         file: a TOML file with the settings; None: `mmm4rec.toml` in the workspace, if it is there.
         overrides: "section.key=value" as for `--set`; the value is a TOML literal, else a string.
         domain: the domain (or mix) whose preset is laid under everything the user gives.
+        model: the baseline whose preset is laid under the domain's.
         options: setting (dotted) -> value of a command's own option; None counts as not given.
         workspace: where `mmm4rec.toml` is looked for; None: `MMM4REC_WORKSPACE`, else the current folder.
 
     Raises:
         UsageError: all unknown settings and bad values of all sources together; a file that is missing or no TOML.
     """
-    return resolve(file, overrides, domain=domain, options=options, workspace=workspace).settings
+    return resolve(file, overrides, domain=domain, model=model, options=options, workspace=workspace).settings
 
 
 def resolve(
@@ -101,6 +104,7 @@ def resolve(
     overrides: Iterable[str] = (),
     *,
     domain: str | None = None,
+    model: str | None = None,
     options: Mapping[str, Any] | None = None,
     workspace: Workspace | None = None,
 ) -> Resolved:
@@ -108,6 +112,8 @@ def resolve(
     workspace = workspace or Workspace(Path(os.environ.get("MMM4REC_WORKSPACE") or "."))
     problems: list[str] = []
     weakest_first: list[Given] = []
+    if model is not None:
+        weakest_first += _leaves(MODELS.get(model, {}), "preset", f"preset of {model}")
     if domain is not None:
         weakest_first += _leaves(DOMAINS.get(domain, {}), "preset", f"preset of {domain}")
     weakest_first += _from_file(file, workspace)

@@ -124,6 +124,35 @@ class FeatureSettings(Section):
     )
 
 
+class BaselineSettings(Section):
+    """What only baselines (`finetune --model`) have; sizes that they share with MMM4Rec are in `model` itself."""
+
+    heads: int = Field(2, ge=1, description="attention heads; must divide hidden_size")
+    attention_dropout: Probability = Field(0.4, description="dropout on attention weights")
+    low_bins: int = Field(2, ge=1, description="bsarec: Fourier bins, from the lowest on, that count as low")
+    filter_share: float = Field(0.9, ge=0, le=1, description="bsarec: share of the filter, the rest is attention")
+    experts: int = Field(4, ge=1, description="experts of a mixture (hm4sr, athwe, unisrec)")
+    experts_used: int = Field(6, ge=1, description="athwe: experts that a place is routed to")
+    clusters: int = Field(100, ge=2, description="athwe: clusters of items that the cluster loss tells apart")
+    mask_share: float = Field(
+        0.3, ge=0, lt=1, description="share of a history's places that the time contrast masks (hm4sr, athwe)"
+    )
+    id_temperature: float = Field(0.2, gt=0, description="temperature of the contrast of id vectors (hm4sr, athwe)")
+    overwrite_features: bool = Field(
+        False, description="protocol: text and image vectors are replaced by noise (published Q25: m3rec, hm4sr)"
+    )
+    mamba_start: Literal["kept", "redrawn"] = Field(
+        "kept", description="protocol: start of Mamba-1 blocks: their own, or that of all linear maps (published Q28)"
+    )
+    filter_padding: bool = Field(
+        False, description="protocol: filters over places run over padding too (published: bsarec, athwe)"
+    )
+    mask_nothing: bool = Field(False, description="protocol: the time contrast masks no place (published Q27: athwe)")
+    empty_categories: bool = Field(
+        False, description="protocol: category targets have no column and training stops (published Q24: hm4sr, athwe)"
+    )
+
+
 class ModelSettings(Section):
     """The network (paper section 4; sizes as published)."""
 
@@ -157,6 +186,7 @@ class ModelSettings(Section):
     mask_duplicate_labels: bool = Field(
         True, description="protocol: in-batch loss hides other rows with the same label (published: counts them wrong)"
     )
+    baseline: BaselineSettings = Field(default_factory=BaselineSettings, description="what only baselines have")
 
     @property
     def n_heads(self) -> int:
@@ -174,15 +204,17 @@ class ModelSettings(Section):
 
 
 class Optimisation(Section):
-    """What both ways of training share: NAdam with coupled weight decay, gradients accumulated."""
+    """What both ways of training share: coupled weight decay, gradients accumulated."""
 
     epochs: int = Field(100, ge=1, description="passes over the training targets, at most")
-    lr: float = Field(1e-4, gt=0, description="learning rate of NAdam")
+    optimizer: Literal["nadam", "adam"] = Field("nadam", description="NAdam, or Adam as the published baselines")
+    lr: float = Field(1e-4, gt=0, description="learning rate")
     lr_decay: float = Field(1.0, gt=0, le=1, description="the learning rate is multiplied by it after every epoch")
     weight_decay: float = Field(0.005, ge=0, description="L2 added to the gradient")
     momentum_decay: float = Field(0.004, ge=0, description="NAdam's momentum decay")
     batch_size: int = Field(1024, ge=1, description="targets a micro-batch")
     accumulation: int = Field(8, ge=1, description="micro-batches an optimiser step")
+    shuffle: bool = Field(True, description="targets in a new random order every epoch, or always by user and time")
     prefixes: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         "all", description="targets of a user in an epoch: all, or a number that is drawn anew every epoch"
     )
@@ -197,7 +229,7 @@ class Optimisation(Section):
 class PretrainSettings(Optimisation):
     """Pre-training on many domains, in-batch loss."""
 
-    lr: float = Field(2.5e-4, gt=0, description="learning rate of NAdam")
+    lr: float = Field(2.5e-4, gt=0, description="learning rate")
     save_every: int = Field(5, ge=1, description="epochs between kept copies of the weights")
     seeded: bool = Field(True, description="protocol: runtime.seed is set before pre-training (published: not)")
 

@@ -148,6 +148,8 @@ def _finetune(
         )
         torch.manual_seed(settings.runtime.seed)
         network = build_model(model, settings.model, dataset.model_features(settings.features.missing))
+        if network.remark:
+            log.note(network.remark)
         if source is not None:
             transfer(network, source, log)
         network.to(device)

@@ -23,7 +23,7 @@ from mmm4rec_cli.reporter import Reporter
 from mmm4rec_cli.runs import Run, save_weights
 from mmm4rec_cli.settings.schema import Optimisation, RuntimeSettings
 from mmm4rec_cli.training.interrupt import Interruption, kept_signals
-from mmm4rec_cli.training.optimizer import FlatParameters, nadam
+from mmm4rec_cli.training.optimizer import FlatParameters, optimizer_of
 from mmm4rec_cli.training.state import Progress, load_state, save_state
 from mmm4rec_cli.training.step import Gradients, MicroBatch
 from mmm4rec_cli.world import World
@@ -52,7 +52,8 @@ class Task:
 def epoch_targets(sequences: Sequences, task: Task, seed: int, epoch: int) -> Tensor:
     """The targets of an epoch in their order: a function of seed and epoch alone, so that it can be gone on with.
 
-    With `prefixes = n` each user has up to n targets, drawn anew every epoch.
+    With `prefixes = n` each user has up to n targets, drawn anew every epoch. Without `shuffle` they stand by user and
+    time.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     targets = task.targets
@@ -65,6 +66,8 @@ def epoch_targets(sequences: Sequences, task: Task, seed: int, epoch: int) -> Te
         first = torch.searchsorted(sorted_users, sorted_users)
         among = torch.arange(len(order), device=order.device) - first
         order = order[by_user[among < task.optimisation.prefixes].sort().values]
+    if not task.optimisation.shuffle:
+        order = order.sort().values
     return targets[order]
 
 
@@ -96,7 +99,7 @@ class Trainer:
         self.world = world or World()
         self.parameters = FlatParameters(model)
         self.device = self.parameters.values.device
-        self.optimizer: torch.optim.Optimizer = nadam(self.parameters.values, task.optimisation)
+        self.optimizer = optimizer_of(self.parameters.values, task.optimisation)
         self.gradients = Gradients(
             model,
             sequences,

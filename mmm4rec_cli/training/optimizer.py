@@ -1,4 +1,4 @@
-"""NAdam over all parameters of a model as one tensor."""
+"""NAdam or Adam over all parameters of a model as one tensor."""
 
 import torch
 from torch import nn
@@ -38,6 +38,20 @@ class FlatParameters:
     def clear(self) -> None:
         """Set all gradients to zero."""
         self.gradient.zero_()
+
+
+def optimizer_of(values: nn.Parameter, optimisation: Optimisation) -> torch.optim.Optimizer:
+    """The optimiser that the settings name; weight decay is coupled and acts on everything."""
+    if optimisation.optimizer == "nadam":
+        return nadam(values, optimisation)
+    return torch.optim.Adam(
+        [values],
+        lr=optimisation.lr,
+        betas=(BETA1, BETA2),
+        eps=EPS,
+        weight_decay=optimisation.weight_decay,
+        fused=values.is_cuda,
+    )
 
 
 def nadam(values: nn.Parameter, optimisation: Optimisation) -> torch.optim.Optimizer:

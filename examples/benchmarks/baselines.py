@@ -1,0 +1,376 @@
+"""Every baseline and MMM4Rec on equal terms: one set of features, one grid, three seeds, chosen by validation NDCG@10.
+
+    python examples/benchmarks/baselines.py prepare WORKSPACE DOMAIN --out inputs.npz
+    python examples/benchmarks/baselines.py run inputs.npz --out results --seconds 400 --processes 5
+    python examples/benchmarks/baselines.py page results --out docs/baselines.md
+
+`run` needs a machine with torch, and a GPU if it is to be quick; several processes share it. All models get the same
+points of the grid in the same order, then the other seeds at the best point. When the time is over what is there is
+kept: a row a training in `rows.jsonl`, the ranks of all test users beside it. Points that not every model finished do
+not count for any.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmm4rec_cli.data.dataset import Dataset, load_dataset
+from mmm4rec_cli.data.sequences import Sequences
+from mmm4rec_cli.evaluation.evaluate import Ranking, rank_by_popularity, rank_split
+from mmm4rec_cli.evaluation.metrics import summary
+from mmm4rec_cli.features.store import ItemFeatures
+from mmm4rec_cli.models.registry import MODELS, build_model
+from mmm4rec_cli.settings import Settings, load
+from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
+from mmm4rec_cli.workspace import Workspace
+
+SEEDS = (1, 2, 3)
+GRID = (  # learning rate, dropout, length: the first points are the ones that a short run sees
+    (1e-3, 0.4, 20),
+    (1e-3, 0.2, 20),
+    (3e-4, 0.2, 20),
+    (1e-3, 0.4, 50),
+    (3e-4, 0.4, 50),
+    (3e-3, 0.4, 20),
+)
+PLAN = {"epochs": 60, "prefixes": 8, "batch_size": 512, "accumulation": 1, "patience": 8, "shuffle": True}
+"""An epoch is 8 random targets of each user, so that the validation looks often; otherwise each model's preset."""
+CUTOFFS = (10, 20)
+METRIC = "NDCG@10"
+QUICKEST_FIRST = (
+    *("sasrec", "mmm4rec", "gru4rec", "bsarec", "tim4rec", "tim4rec-t", "sasrec-t", "mamba4rec", "mamba4rec-t"),
+    *("unisrec", "m3rec", "hm4sr", "athwe"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    model: str
+    point: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Unique, and a file's name."""
+        return f"{self.model}-point{self.point}-seed{self.seed}"
+
+
+def overrides(model: str, point: int) -> list[str]:
+    """What `--set` would be given."""
+    lr, dropout, length = GRID[point]
+    chosen: dict[str, Any] = {"model.max_len": length, "model.baseline.attention_dropout": dropout}
+    chosen |= {f"model.{name}": dropout for name in ("dropout", "embedding_dropout", "time_dropout")}
+    chosen |= {"finetune.lr": lr, "finetune.metric": METRIC}
+    chosen |= {f"finetune.{name}": value for name, value in PLAN.items()}
+    if model == "mmm4rec":
+        del chosen["model.baseline.attention_dropout"]
+    return [f"{path}={str(value).lower() if isinstance(value, bool) else value}" for path, value in chosen.items()]
+
+
+def settings_of(job: Job) -> Settings:
+    """The settings of one training."""
+    return load(overrides=[*overrides(job.model, job.point), f"runtime.seed={job.seed}"], model=job.model)
+
+
+def command_of(model: str, point: int, domain: str) -> str:
+    """The command line that trains this row."""
+    seeds = " ".join(f"--seed {seed}" for seed in SEEDS)
+    sets = " ".join(f"--set {one}" for one in overrides(model, point))
+    return f"mmm4rec finetune --domain {domain} --model {model} --pretrained none {seeds} {sets}"
+
+
+def prepare(workspace: Workspace, domain: str, encoder: str, out: Path, categories: Path | None) -> None:
+    """Put what training needs into one file that numpy alone can read."""
+    dataset = load_dataset(workspace, [domain], encoder)
+    sequences, features = dataset.sequences, dataset.features
+    named = dataset.categories
+    if categories is not None:
+        by_id = dict(_names(categories))
+        named = [by_id.get(raw) for raw in dataset.raw_item_ids]
+    np.savez_compressed(
+        out,
+        user=sequences.users_of(torch.arange(len(sequences.items_N))).numpy().astype(np.int32),
+        item=sequences.items_N.numpy(),
+        time=sequences.times_N.numpy(),
+        text=features.text.astype(np.float16),
+        has_text=features.has_text,
+        image=features.image.astype(np.float16),
+        has_image=features.has_image,
+        about=json.dumps({"domain": domain, "encoder": encoder, "n_users": dataset.n_users, "categories": named}),
+    )
+
+
+def _names(path: Path) -> Iterator[tuple[str, list[str]]]:
+    import pyarrow.parquet as pq
+
+    for row in pq.read_table(path, columns=["item_id", "genres"]).to_pylist():
+        yield row["item_id"], [name for name in (row["genres"] or "").split("|") if name]
+
+
+def read_inputs(path: Path) -> Dataset:
+    """The data set of `prepare`."""
+    with np.load(path) as file:
+        about = json.loads(str(file["about"]))
+        features = ItemFeatures(
+            text=file["text"].astype(np.float32),
+            has_text=file["has_text"],
+            image=file["image"].astype(np.float32),
+            has_image=file["has_image"],
+            metadata={},
+            fingerprint="",
+        )
+        sequences = Sequences.of(file["user"], file["item"], file["time"], about["n_users"])
+    return Dataset(
+        name=about["domain"],
+        domains=(about["domain"],),
+        sequences=sequences,
+        raw_item_ids=[str(i) for i in range(1, len(features.text))],
+        raw_user_ids=[str(i) for i in range(about["n_users"])],
+        features=features,
+        encoder=about["encoder"],
+        fingerprint="",
+        categories=about["categories"],
+    )
+
+
+_dataset: Dataset | None = None
+
+
+def _start(path: Path, threads: int) -> None:
+    global _dataset
+    torch.set_num_threads(threads)
+    _dataset = read_inputs(path)
+
+
+def train(job: Job, device_name: str, deadline: float, epochs: int | None = None) -> tuple[dict[str, Any], Any]:
+    """Train until patience, epochs or time end; the row, and the test ranks of the best epoch."""
+    assert _dataset is not None
+    device, settings = torch.device(device_name), settings_of(job)
+    plan, max_len = settings.finetune, settings.model.max_len
+    sequences = _dataset.sequences.to(device)
+    split = _dataset.sequences.split("leave_one_out").to(device)
+    torch.manual_seed(job.seed)
+    model = build_model(job.model, settings.model, _dataset.model_features("mean")).to(device)
+    task = Task("finetune", plan, split.train, in_batch=False, metric=METRIC, patience=plan.patience)
+    trainer = Trainer(model, sequences, task, max_len=max_len, runtime=settings.runtime)
+    ranking = Ranking(precision=settings.runtime.precision)
+    begin = time.perf_counter()
+    best: dict[str, Any] = {METRIC: -1.0}
+    ranks: Any = None
+    epoch, limit = 0, epochs or plan.epochs
+    while epoch < limit and epoch - best.get("epoch", 0) < plan.patience and time.time() < deadline:
+        epoch += 1
+        model.train()
+        for group in trainer.groups(epoch_targets(sequences, task, job.seed, epoch)):
+            loss = trainer.step(group)
+        trainer.check(loss)
+        valid = summary(rank_split(model, sequences, split.valid, "valid", max_len, ranking).rank0_U, CUTOFFS)
+        if valid[METRIC] >= best[METRIC]:
+            best = {METRIC: valid[METRIC], "epoch": epoch, "seconds": time.perf_counter() - begin, "valid": valid}
+            ranks = rank_split(model, sequences, split.test, "test", max_len, ranking).rank0_U
+    row = {
+        **asdict(job),
+        "epochs": epoch,
+        "cut": time.time() >= deadline,
+        "best_epoch": best.get("epoch", 0),
+        "seconds_to_best": best.get("seconds", 0.0),
+        "seconds": time.perf_counter() - begin,
+        "valid": best.get("valid", {}),
+        "test": {} if ranks is None else summary(ranks, CUTOFFS),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+    del trainer, model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row, None if ranks is None else ranks.numpy()
+
+
+def run(inputs: Path, out: Path, args: argparse.Namespace) -> None:
+    """All jobs in the order of their worth until the time is over."""
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.time()
+    deadline = begin + args.seconds
+    names = args.models or QUICKEST_FIRST
+    points = range(args.points)
+    jobs = [Job(name, point, SEEDS[0]) for point in points for name in names]
+    popular = _popularity(read_inputs(inputs))
+    about = {"models": list(names), "processes": args.processes, "device": args.device, "popularity": popular}
+    (out / "about.json").write_text(json.dumps({**about, "domain": read_inputs(inputs).name}))
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, int] = {}
+    waiting, running = list(jobs), dict[Future[Any], Job]()
+    seeds_queued = False
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(args.processes, context, initializer=_start, initargs=(inputs, args.threads))
+    with pool, (out / "rows.jsonl").open("a") as stream:
+        while True:
+            late = time.time() > begin + args.grid_share * args.seconds
+            if not seeds_queued and (late or not (waiting or running)):
+                # A point that is only half way round does not count; its jobs make room for the seeds.
+                choice: dict[str, Any] = {"common": common_points(rows, names), "points": chosen_points(rows, names)}
+                (out / "choice.json").write_text(json.dumps(choice))
+                waiting = [Job(n, p, seed) for seed in SEEDS[1:] for n, p in choice["points"].items()]
+                seeds_queued = True
+            while waiting and len(running) < args.processes and time.time() < deadline - args.spare:
+                job = waiting.pop(0)
+                running[pool.submit(train, job, args.device, deadline - args.spare / 2, args.epochs)] = job
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED, timeout=1)
+            for future in done:
+                job = running.pop(future)
+                try:
+                    row, ranks = future.result()
+                except (RuntimeError, ValueError, OSError) as error:
+                    row, ranks = {**asdict(job), "error": str(error).splitlines()[0]}, None
+                    failures[job.name] = failures.get(job.name, 0) + 1
+                    if "out of memory" in str(error) and failures[job.name] < 2:
+                        waiting.append(job)
+                rows.append({**row, "at": round(time.time() - begin, 1)})
+                stream.write(json.dumps(rows[-1]) + "\n")
+                stream.flush()
+                if ranks is not None:
+                    np.save(out / f"{job.name}.npy", ranks)
+
+
+def _popularity(dataset: Dataset) -> dict[str, float]:
+    split = dataset.sequences.split("leave_one_out")
+    ranked = rank_by_popularity(dataset.sequences, split.known_N, split.test, "test", dataset.n_items)
+    return summary(ranked.rank0_U, CUTOFFS)
+
+
+def finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trainings that were neither cut nor failed."""
+    return [row for row in rows if "error" not in row and not row["cut"]]
+
+
+def common_points(rows: list[dict[str, Any]], names: Iterable[str]) -> list[int]:
+    """Points of the grid that every model finished, so that all had the same tuning; models that always fail aside."""
+    mine = {name: {r["point"] for r in finished(rows) if r["model"] == name} for name in names}
+    there = [points for points in mine.values() if points]
+    return sorted(set.intersection(*there)) if there else []
+
+
+def chosen_points(rows: list[dict[str, Any]], names: Iterable[str]) -> dict[str, int]:
+    """Each model's best common point by validation NDCG@10 of the first seed."""
+    common, chosen = set(common_points(rows, names)), {}
+    for name in names:
+        mine = [r for r in finished(rows) if r["model"] == name and r["seed"] == SEEDS[0] and r["point"] in common]
+        if mine:
+            chosen[name] = max(mine, key=lambda r: r["valid"][METRIC])["point"]
+    return chosen
+
+
+def page(out: Path) -> str:
+    """The table as Markdown, best first; every row with its command."""
+    from mmm4rec_cli.evaluation.compare import paired_bootstrap  # needs scipy, which `run` does not
+
+    about = json.loads((out / "about.json").read_text())
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    names = about["models"]
+    choice = json.loads((out / "choice.json").read_text())
+    chosen = choice["points"]
+    at_best = {n: [r for r in finished(rows) if r["model"] == n and r["point"] == p] for n, p in chosen.items()}
+    ranks = {n: [torch.from_numpy(np.load(out / f"{_name(r)}.npy")) for r in mine] for n, mine in at_best.items()}
+    order = sorted(at_best, key=lambda n: -mean(r["test"][METRIC] for r in at_best[n]))
+    machine = next(iter(finished(rows)))
+    points = ", ".join(f"({lr:g}, {dropout:g}, {length})" for lr, dropout, length in GRID)
+    common = choice["common"]
+    lines = [
+        "# The baselines on equal terms",
+        "",
+        f"{about['domain']}: every model with the same features of texts and pictures, the same targets and the same "
+        f"ranking (whole catalogue, seen items not masked). Tuned by validation {METRIC} of seed {SEEDS[0]} over the "
+        f"{len(common)} points that every model finished of (learning rate, dropout, length): {points}; finished: "
+        f"{', '.join(map(str, common))} (counted from 0). Sizes, optimiser and weight decay are those of each model's "
+        f"preset; all else is the same: batches of {PLAN['batch_size']}, {PLAN['prefixes']} random targets of each "
+        f"user an epoch, at most {PLAN['epochs']} epochs, patience {PLAN['patience']}. Mean ± standard deviation over "
+        "seeds; the difference to MMM4Rec is that of test NDCG@10, with the 95 % interval of a paired bootstrap over "
+        f"users. Seconds are those to the best epoch, with {about['processes']} trainings at a time on one "
+        f"{machine['device']} (torch {machine['torch']}).",
+        "",
+        "| model | seeds | Hit@10 | NDCG@10 | difference to MMM4Rec | seconds | parameters | lr, dropout, length |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in order:
+        mine = at_best[name]
+        gap = "–"
+        if name != "mmm4rec" and "mmm4rec" in ranks:
+            found = paired_bootstrap(ranks[name], ranks["mmm4rec"], (10,))[METRIC]
+            gap = f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+        lr, dropout, length = GRID[chosen[name]]
+        lines.append(
+            f"| {name} | {len(mine)} | {_spread(mine, 'Hit@10')} | {_spread(mine, METRIC)} | {gap} | "
+            f"{mean(r['seconds_to_best'] for r in mine):.1f} | {mine[0]['parameters']:,} | "
+            f"{lr:g}, {dropout:g}, {length} |"
+        )
+    popular = about["popularity"]
+    lines += [f"| popularity | – | {popular['Hit@10']:.4f} | {popular[METRIC]:.4f} | – | – | – | – |", ""]
+    for name in (n for n in names if n not in chosen):
+        why = next((r["error"] for r in rows if r["model"] == name and "error" in r), "the time was over")
+        lines.append(f"{name}: no row, because {why}.")
+    lines += ["", "The command of each row:", "", "```"]
+    lines += [command_of(name, chosen[name], about["domain"]) for name in order]
+    return "\n".join([*lines, "```", ""])
+
+
+def _name(row: dict[str, Any]) -> str:
+    return Job(row["model"], row["point"], row["seed"]).name
+
+
+def _spread(rows: list[dict[str, Any]], metric: str) -> str:
+    values = [row["test"][metric] for row in rows]
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def main(words: list[str] | None = None) -> None:
+    """The three commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    one = commands.add_parser("prepare")
+    one.add_argument("workspace", type=Path)
+    one.add_argument("domain")
+    one.add_argument("--encoder", default="own")
+    one.add_argument("--categories", type=Path, help="Parquet with item_id and genres, names parted by |")
+    one.add_argument("--out", type=Path, required=True)
+    two = commands.add_parser("run")
+    two.add_argument("inputs", type=Path)
+    two.add_argument("--out", type=Path, required=True)
+    two.add_argument("--seconds", type=float, default=400, help="all in all")
+    two.add_argument("--spare", type=float, default=10, help="seconds before the end when nothing new is begun")
+    two.add_argument("--grid-share", type=float, default=0.55, help="share of the time for the grid")
+    two.add_argument("--points", type=int, default=len(GRID), help="points of the grid, from the first on")
+    two.add_argument("--processes", type=int, default=5)
+    two.add_argument("--threads", type=int, default=2)
+    two.add_argument("--epochs", type=int, help="epochs at most")
+    two.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    two.add_argument("--models", nargs="*", choices=sorted(MODELS))
+    three = commands.add_parser("page")
+    three.add_argument("results", type=Path)
+    three.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(words)
+    if args.command == "prepare":
+        prepare(Workspace(args.workspace), args.domain, args.encoder, args.out, args.categories)
+    elif args.command == "run":
+        run(args.inputs, args.out, args)
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(page(args.results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

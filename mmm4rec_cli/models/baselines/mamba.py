@@ -1,0 +1,106 @@
+"""A Mamba-1 block (arXiv 2312.00752) without mamba-ssm, and with its scan where it is installed.
+
+Letters: B users, L places, D width, E = expand * D, N state, R rank of the step sizes.
+"""
+
+import math
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmm4rec_cli.models.time_stream import CausalConv
+from mmm4rec_cli.settings.schema import ModelSettings
+
+
+def plain_scan(x_BLE: Tensor, step_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor) -> Tensor:
+    """The recurrence place by place: S <- exp(step A) S + (step x) Bᵀ, y = S C + D x; [B, L, E]."""
+    state_BEN = x_BLE.new_zeros(x_BLE.shape[0], *A_EN.shape)
+    read = []
+    for x_BE, step_BE, B_BN, C_BN in zip(
+        x_BLE.unbind(1), step_BLE.unbind(1), B_BLN.unbind(1), C_BLN.unbind(1), strict=True
+    ):
+        decay_BEN = torch.exp(step_BE[..., None] * A_EN)
+        state_BEN = torch.addcmul((step_BE * x_BE)[..., None] * B_BN[:, None], decay_BEN, state_BEN)
+        read.append(torch.einsum("ben,bn->be", state_BEN, C_BN))
+    return torch.addcmul(torch.stack(read, 1), D_E, x_BLE)
+
+
+@cache
+def _fast_scan() -> Any:
+    """mamba-ssm's scan, or None where it is not installed or cannot be loaded."""
+    if find_spec("mamba_ssm") is None:
+        return None
+    try:
+        return import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    except (ImportError, OSError, AttributeError):  # a build for another torch or CUDA
+        return None
+
+
+def selective_scan(x_BLE: Tensor, step_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor) -> Tensor:
+    """`plain_scan`, by mamba-ssm's kernel for float32 on a GPU where it is there."""
+    scan = _fast_scan() if x_BLE.is_cuda and x_BLE.dtype == torch.float32 else None
+    if scan is None:
+        return plain_scan(x_BLE, step_BLE, A_EN, B_BLN, C_BLN, D_E)
+    over_places = (part.transpose(1, 2).contiguous() for part in (x_BLE, step_BLE, B_BLN, C_BLN))
+    x_BEL, step_BEL, B_BNL, C_BNL = over_places
+    y_BEL: Tensor = scan(x_BEL, step_BEL, A_EN, B_BNL, C_BNL, D_E)
+    return y_BEL.transpose(1, 2)
+
+
+class Mamba(nn.Module):
+    """One Mamba-1 block; its own start values are mamba-ssm's."""
+
+    def __init__(self, config: ModelSettings) -> None:
+        super().__init__()
+        width, inner, states = config.hidden_size, config.expand * config.hidden_size, config.d_state
+        self.rank = -(-width // 16)
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.conv = CausalConv(inner, config.d_conv)
+        self.x_proj = nn.Linear(inner, self.rank + 2 * states, bias=False)
+        self.dt_proj = nn.Linear(self.rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        # A step size between 0.001 and 0.1 at the start, through the inverse of softplus.
+        step = torch.exp(torch.empty(inner).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+    def forward(self, u_BLD: Tensor) -> Tensor:
+        """[B, L, D] in and out."""
+        x_BLE, z_BLE = self.in_proj(u_BLD).chunk(2, dim=-1)
+        x_BLE = self.conv(x_BLE)
+        states = self.A_log.shape[1]
+        dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLE).split([self.rank, states, states], dim=-1)
+        step_BLE = F.softplus(self.dt_proj(dt_BLR))
+        y_BLE = selective_scan(x_BLE, step_BLE, -torch.exp(self.A_log), B_BLN, C_BLN, self.D)
+        out: Tensor = self.out_proj(y_BLE * F.silu(z_BLE))
+        return out
+
+
+class MambaSublayer(nn.Module):
+    """Mamba, dropout, residual, norm."""
+
+    def __init__(self, config: ModelSettings, *, residual: bool = True) -> None:
+        super().__init__()
+        self.mamba = Mamba(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.residual = residual
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] in and out."""
+        out_BLD = self.dropout(self.mamba(x_BLD))
+        normed: Tensor = self.norm(out_BLD + x_BLD if self.residual else out_BLD)
+        return normed
+
+
+def kept_at_start(config: ModelSettings) -> tuple[type[nn.Module], ...]:
+    """What `draw_start` leaves alone: Mamba blocks, unless the published start is wanted (Q28)."""
+    return () if config.baseline.mamba_start == "redrawn" else (Mamba,)
