@@ -30,6 +30,7 @@ from mmm4rec_cli.commands.report import report
 from mmm4rec_cli.commands.runs import runs
 from mmm4rec_cli.console import print_json, show_error
 from mmm4rec_cli.errors import DataError, DeviceError, UsageError, UserError
+from mmm4rec_cli.world import leave
 
 COMMANDS: tuple[tuple[str, Command], ...] = (
     ("Data", demo),
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _terminating_cleanly():
             code = app(args=words, prog_name="mmm4rec", standalone_mode=False)
+            leave()
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0

@@ -13,6 +13,7 @@ import typer
 
 from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.workspace import Workspace
+from mmm4rec_cli.world import first_process
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -141,7 +142,11 @@ def _common(
     from mmm4rec_cli.console import reporter
 
     return Invocation(
-        Workspace(workspace), config, tuple(overrides or ()), json, SilentReporter() if quiet else reporter()
+        Workspace(workspace),
+        config,
+        tuple(overrides or ()),
+        json,
+        SilentReporter() if quiet or not first_process() else reporter(),
     )
 
 
@@ -164,6 +169,8 @@ def command(*examples: str) -> Callable[[Callable[Concatenate[Invocation, P], Re
             # With --json a library that prints must not spoil the document.
             with contextlib.redirect_stdout(sys.stderr) if invocation.json else contextlib.nullcontext():
                 result = function(invocation, **given)  # type: ignore[call-arg]
+            if not first_process():
+                return
             if invocation.json:
                 print_json(result.document)
             else:

@@ -26,6 +26,7 @@ from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.runs import Run, load_model
 from mmm4rec_cli.settings.schema import Settings
 from mmm4rec_cli.workspace import Workspace
+from mmm4rec_cli.world import first_process, join
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def evaluate_run(
 
     members = _rank_members(run, dataset, held_out, settings, split, mask_seen, reporter)
     for member, ranked in zip(run.members, members, strict=True):
-        write_ranks(member.path / "ranks.parquet", [ranked.plain])
+        if first_process():
+            write_ranks(member.path / "ranks.parquet", [ranked.plain])
     chosen = [one.masked if one.masked is not None else one.plain for one in members]
     cutoffs, ties = settings.evaluate.k, settings.evaluate.ties
     rows = [summary(one.rank0_U, cutoffs) for one in chosen]
@@ -201,6 +203,7 @@ def _rank_members(
 ) -> list[_Ranked]:
     """Rank with every seed of a run."""
     device = resolve_device(settings.runtime.device)
+    world = join(device)
     sequences, targets = dataset.sequences.to(device), held_out.targets(split).to(device)
     max_len = settings.model.max_len
     ranking = Ranking(
@@ -217,10 +220,10 @@ def _rank_members(
                 f"the catalogue has changed since run {member.id}: {moved.kept:,} items kept, {moved.new:,} new "
                 f"(item bias zero), {moved.gone:,} gone"
             )
-        plain = rank_split(model, sequences, targets, split, max_len, ranking, reporter=reporter)
+        plain = rank_split(model, sequences, targets, split, max_len, ranking, reporter=reporter, world=world)
         masked = None
         if mask_seen:
             hidden = replace(ranking, mask_seen=True)
-            masked = rank_split(model, sequences, targets, split, max_len, hidden, reporter=reporter)
+            masked = rank_split(model, sequences, targets, split, max_len, hidden, reporter=reporter, world=world)
         ranked.append(_Ranked(plain, masked))
     return ranked
