@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import threading
 import time
 import zipfile
@@ -106,7 +107,7 @@ def run_async(work: Coroutine[Any, Any, _T]) -> _T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work)
+        return asyncio.run(_ending_tidily(work))
     result: list[_T] = []
     failure: list[BaseException] = []
 
@@ -122,6 +123,34 @@ def run_async(work: Coroutine[Any, Any, _T]) -> _T:
     if failure:
         raise failure[0]
     return result[0]
+
+
+async def _ending_tidily(work: Coroutine[Any, Any, _T]) -> _T:
+    """Let SIGTERM cancel the tasks, as Ctrl-C does, where the command line handles it.
+
+    Its handler raises, and an exception raised somewhere in the event loop would leave tasks behind.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        return await work
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    asked: list[bool] = []
+
+    def end() -> None:
+        asked.append(True)
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, end)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if asked:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def said(error: BaseException) -> str:

@@ -1,3 +1,4 @@
+import asyncio
 import gzip
 import hashlib
 import json
@@ -118,7 +119,8 @@ def test_a_file_that_breaks_off_is_continued_with_a_range(workspace, mirror):
 
 def test_an_interrupted_command_goes_on_where_it_was(workspace, mirror, monkeypatch):
     async def interrupted(seconds):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(5)
 
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "pause", interrupted)
@@ -342,9 +344,29 @@ def test_one_folder_has_one_writer(workspace, mirror):
     check_whole(workspace)
 
 
-def test_downloads_work_inside_a_running_event_loop(workspace, mirror):
-    import asyncio
+def test_an_ended_command_leaves_what_it_has(workspace, mirror, monkeypatch):
+    async def ended(seconds):
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(5)
 
+    def end(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(fetch, "pause", ended)
+            mirror.faults[CSV] = [cut(50_000)]
+            with pytest.raises(SystemExit, match="143"):
+                fetched(workspace, mirror)
+        assert signal.getsignal(signal.SIGTERM) is end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    fetched(workspace, mirror)
+    check_whole(workspace)
+
+
+def test_downloads_work_inside_a_running_event_loop(workspace, mirror):
     async def notebook():
         return fetched(workspace, mirror)
 

@@ -1,4 +1,5 @@
 import io
+import signal
 import struct
 import threading
 import zlib
@@ -325,7 +326,7 @@ def test_pictures_of_a_mix_lie_with_their_own_domain(workspace, server):
 def test_an_interruption_leaves_whole_pictures_and_the_old_table(workspace, server, monkeypatch):
     class Impatient(Listener):
         def advance(self, n=1, status=""):
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     server.answers = {name: encoded() for name in "abcdef"}
     write_domain(workspace, {name: server.url(name) for name in "abcdef"})
