@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from step import interactions, settings
 
+from mmm4rec_cli.data.sequences import Sequences
 from mmm4rec_cli.device import resolve_device
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.settings import Settings
@@ -29,7 +30,15 @@ class Silent(World):
         """Leave it as it is."""
 
 
-def trainer(items: int, config: Settings, sequences, targets, in_batch: bool, batch: int, world: World) -> Trainer:
+def trainer(
+    items: int,
+    config: Settings,
+    sequences: Sequences,
+    targets: torch.Tensor,
+    in_batch: bool,
+    batch: int,
+    world: World,
+) -> Trainer:
     torch.manual_seed(0)
     features = [torch.randn(items + 1, 768, device="cuda") * 0.04 for _ in range(2)]
     model = MMM4Rec(config.model, *features).cuda().train()
