@@ -4,6 +4,7 @@ rich is loaded when something is shown, not when this module is imported.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,6 +155,47 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         made.add_row(*(Text(_cell(value)) for value in row))
     return made
+
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """The run of `values` in one word: the lowest ▁, the highest █; more of them than `width` are averaged in groups.
+
+    A value that is not finite is a blank.
+    """
+    size = max(1, -(-len(values) // width))
+    groups = [values[begin : begin + size] for begin in range(0, len(values), size)]
+    heights = [sum(group) / len(group) for group in groups]
+    finite = [height for height in heights if math.isfinite(height)]
+    low, span = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
+    return "".join(
+        _BLOCKS[round((len(_BLOCKS) - 1) * ((height - low) / span if span else 0.5))] if math.isfinite(height) else " "
+        for height in heights
+    )
+
+
+def learning_curves(epochs: Sequence[Mapping[str, Any]], metric: str | None = None, label: str = "") -> str:
+    """A training's curves, a line each: the loss and, where epochs were validated, the metric that chose the best one.
+
+    Args:
+        epochs: rows of `metrics.jsonl`; none give an empty text.
+        metric: the validation metric, or None.
+        label: put before each line, such as the seed.
+    """
+    if not epochs:
+        return ""
+    losses = [float(row["loss"]) for row in epochs]
+    curves = [("loss", losses, f"{losses[0]:.4f} → {losses[-1]:.4f}")]
+    if metric is not None and all(metric in row.get("valid", {}) for row in epochs):
+        valid = [float(row["valid"][metric]) for row in epochs]
+        best = max(range(len(valid)), key=lambda index: (valid[index], index))
+        curves.append(
+            (f"valid {metric}", valid, f"best {valid[best]:.4f}, epoch {epochs[best]['epoch']} of {len(valid)}")
+        )
+    wide = max(len(name) for name, _, _ in curves)
+    return "\n".join(f"{label}{name:<{wide}}  {sparkline(values)}  {said}" for name, values, said in curves)
 
 
 def metric_table(title: str, rows: Mapping[str, tuple[Mapping[str, float], Mapping[str, float] | None]]) -> "Table":

@@ -17,9 +17,23 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     *("torch", "triton", "transformers", "polars", "pyarrow", "numpy", "scikit-learn", "safetensors", "pydantic"),
-    *("mamba-ssm", "causal-conv1d", "ray"),
+    *("scipy", "matplotlib", "pillow", "huggingface_hub"),
 )
-"""What is looked for; the last three are extras."""
+"""What every installation has."""
+
+OPTIONAL = {
+    "faiss-cpu": ("mmm4rec export --format faiss", "pip install faiss-cpu"),
+    "onnx": ("mmm4rec export --format onnx, with onnxscript", "pip install onnx onnxscript"),
+    "onnxscript": ("mmm4rec export --format onnx, with onnx", "pip install onnx onnxscript"),
+    "onnxruntime": ("comparing an ONNX export with the model", "pip install onnxruntime"),
+    "ray": ("mmm4rec preprocess --engine ray", "pip install 'mmm4rec[ray]'"),
+    "mamba-ssm": (
+        "kernels of another project (compiled on the spot)",
+        "pip install --no-build-isolation 'mmm4rec[cuda]'",
+    ),
+    "causal-conv1d": ("as mamba-ssm", "pip install --no-build-isolation 'mmm4rec[cuda]'"),
+}
+"""Packages that nothing needs but what stands beside them: what for, and the line that installs it."""
 
 AGREES = 0.01
 """Largest difference from the reference, over the reference's largest value, up to which a backend counts as live."""
@@ -29,7 +43,8 @@ def examine(workspace: Workspace, reporter: Reporter | None = None) -> dict[str,
     """Everything that `mmm4rec doctor --json` prints.
 
     Returns:
-        `mmm4rec`, `python`, `packages` (name -> version or null), `torch`, `cpu`, `gpus`, `backends` (operation ->
+        `mmm4rec`, `python`, `packages` (name -> version or null), `optional` (name -> {version or null, for,
+        install}), `torch`, `cpu`, `gpus`, `backends` (operation ->
         backend -> {available, why}), `encoders` (name -> {available, why}), `disk`. A backend is available if it ran
         just now and agreed with the reference.
     """
@@ -38,6 +53,10 @@ def examine(workspace: Workspace, reporter: Reporter | None = None) -> dict[str,
         "mmm4rec": __version__,
         "python": {"version": platform.python_version(), "platform": platform.platform()},
         "packages": {name: _version(name) for name in PACKAGES},
+        "optional": {
+            name: {"version": _version(name), "for": purpose, "install": line}
+            for name, (purpose, line) in OPTIONAL.items()
+        },
         **_torch(),
         "cpu": {"count": os.cpu_count(), "memory_bytes": _memory()},
         "backends": _backends(reporter),
@@ -119,7 +138,15 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
     """A small call of each operation at the published sizes: backend -> result."""
     import torch
 
-    from mmm4rec_kernels import causal_conv1d, gated_rms_norm, ssd, ssd_block
+    from mmm4rec_kernels import (
+        causal_conv1d,
+        compare_counts,
+        gated_rms_norm,
+        lookup,
+        softmax_cross_entropy,
+        ssd,
+        ssd_block,
+    )
 
     n_sequences, length, heads, head_dim, groups, state, taps, eps = 2, 20, 8, 64, 8, 64, 4, 1e-12
     width = heads * head_dim
@@ -135,6 +162,7 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
     columns, weight, bias = normal(n_sequences, length, channels), normal(channels, taps), normal(channels)
     y, z, norm_weight = normal(n_sequences, length, width), normal(n_sequences, length, width), normal(width)
     projected = normal(n_sequences, length, width + channels + heads)
+    query, table, target = normal(length, width), normal(channels, width), torch.arange(length, device=device)
     return {
         "ssd": lambda backend: ssd(x, dt, decay, b, c, D=skip, dt_bias=dt_bias, backend=backend),
         "causal_conv1d": lambda backend: causal_conv1d(columns, weight, bias, activation="silu", backend=backend),
@@ -151,6 +179,9 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
             eps=eps,
             backend=backend,
         ),
+        "softmax_cross_entropy": lambda backend: softmax_cross_entropy(query, table, target, backend=backend),
+        "lookup": lambda backend: lookup(table, target, backend=backend),
+        "compare_counts": lambda backend: torch.stack(compare_counts(table, table[:, 0], backend=backend)),
     }
 
 

@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from mmm4rec_cli.errors import DataError
 
 _JOURNAL = ".renames.json"
 
@@ -82,6 +85,35 @@ def _settle(part: Path) -> None:
     part.chmod(0o666 & ~umask)
     with part.open("rb") as written:
         os.fsync(written.fileno())
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into `folder`, which is made; sweep out what killed ones left half written.
+
+    The lock is on the folder itself and leaves no file. Where the system has no such locks, nothing is locked or swept.
+
+    Raises:
+        DataError: another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another mmm4rec is writing there", hint="wait until it has ended") from None
+        for left in folder.glob(".*.part"):
+            with contextlib.suppress(IsADirectoryError, PermissionError):
+                left.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, document: Any) -> None:

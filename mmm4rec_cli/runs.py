@@ -3,6 +3,8 @@
 A run's folder holds `run.json` (what it is), `settings.json`, `model.safetensors` (best weights), `catalogue.parquet`,
 `metrics.jsonl`, TensorBoard events, `output.log`, `state/` while it can be resumed, and, once finished, `result.json`.
 A run over several seeds holds one such folder a seed (`seed-<n>/`) and a `result.json` with their means.
+
+Listing runs reads JSON alone: torch and pyarrow are loaded by what reads or writes tensors and tables.
 """
 
 import json
@@ -11,23 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mmm4rec_cli.data import columns
-from mmm4rec_cli.data.dataset import Dataset
 from mmm4rec_cli.errors import RunError
 from mmm4rec_cli.files import write_json, written_whole
-from mmm4rec_cli.models.interface import SequenceModel
-from mmm4rec_cli.models.registry import build_model
 from mmm4rec_cli.settings.schema import Settings
 from mmm4rec_cli.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mmm4rec_cli.data.dataset import Dataset
+    from mmm4rec_cli.models.interface import SequenceModel
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,22 @@ class Run:
     def settings_document(self) -> dict[str, Any]:
         """The same as plain JSON."""
         return self._read("settings.json")
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`, one an epoch; none where nothing was trained yet (or in a run over seeds)."""
+        path = self.path / "metrics.jsonl"
+        try:
+            text = path.read_text(encoding="utf-8")
+            # Behind the last end of line an epoch may just be being written.
+            rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}", hint="train again, or choose another run") from None
+        if not all(isinstance(row, dict) and {"epoch", "loss"} <= row.keys() for row in rows):
+            raise RunError(f"{path} is damaged: epochs were expected", hint="train again, or choose another run")
+        return rows
 
     @property
     def members(self) -> list["Run"]:
@@ -156,19 +171,24 @@ def run_or_newest(workspace: Workspace, reference: str | None, domain: str | Non
     return run
 
 
-def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_weights(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as part:
         save_file(plain, part, metadata)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> "dict[str, Tensor]":
     """Read safetensors onto the CPU.
 
     Raises:
         RunError: missing, truncated, or of another format.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -179,6 +199,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def save_catalogue(path: Path, raw_item_ids: list[str]) -> None:
     """Store which item each row of the item tables stands for."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     table = pa.table(
         {
             columns.ITEM_ID: pa.array(range(1, len(raw_item_ids) + 1), pa.int32()),
@@ -195,6 +218,9 @@ def read_catalogue(path: Path) -> list[str]:
     Raises:
         RunError: missing or damaged.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         raw: list[str] = pq.read_table(path)[columns.RAW_ITEM_ID].to_pylist()
     except (OSError, KeyError, pa.ArrowException) as error:
@@ -216,8 +242,8 @@ PER_ITEM = ("text.item_bias", "image.item_bias", "items.weight", "text.features"
 
 
 def follow_raw_ids(
-    weights: dict[str, Tensor], old_ids: list[str], new_ids: list[str], per_item: tuple[str, ...]
-) -> tuple[dict[str, Tensor], Moved]:
+    weights: "dict[str, Tensor]", old_ids: list[str], new_ids: list[str], per_item: tuple[str, ...]
+) -> "tuple[dict[str, Tensor], Moved]":
     """Move per-item rows to where their raw ids are now; rows of new items are zero, the padding row stays.
 
     Args:
@@ -226,6 +252,8 @@ def follow_raw_ids(
         new_ids: raw item ids of the present tables.
         per_item: names of the tensors with one row an item.
     """
+    import torch
+
     place = {raw: i + 1 for i, raw in enumerate(old_ids)}
     source = torch.tensor([0, *(place.get(raw, -1) for raw in new_ids)])
     known = source >= 0
@@ -239,12 +267,14 @@ def follow_raw_ids(
     return moved, Moved(kept=kept, new=len(new_ids) - kept, gone=len(old_ids) - kept)
 
 
-def load_model(run: Run, dataset: Dataset, device: torch.device) -> tuple[SequenceModel, Moved]:
+def load_model(run: Run, dataset: "Dataset", device: "torch.device") -> "tuple[SequenceModel, Moved]":
     """Build the run's model on the present tables and load its best weights.
 
     Raises:
         RunError: the run is damaged or of another encoder or width.
     """
+    from mmm4rec_cli.models.registry import build_model
+
     about, settings = run.about, run.settings
     if about["encoder_fingerprint"] != dataset.features.fingerprint:
         raise RunError(
@@ -261,7 +291,7 @@ def load_model(run: Run, dataset: Dataset, device: torch.device) -> tuple[Sequen
     return model.to(device), moved
 
 
-def load_weights(model: SequenceModel, weights: dict[str, Tensor], path: Path) -> None:
+def load_weights(model: "SequenceModel", weights: "dict[str, Tensor]", path: Path) -> None:
     """Load a whole state dict.
 
     Raises:

@@ -1,5 +1,6 @@
 """Where things lie in a workspace (the contract with the user: docs in README, section Files)."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,11 @@ class Workspace:
     """The folders of one workspace; nothing is created by asking for a path."""
 
     root: Path
+
+    def command(self, *words: str) -> str:
+        """The command line that does `words` in this workspace, ready to be typed."""
+        where = () if self.root == Path() else ("--workspace", str(self.root))
+        return shlex.join(("mmm4rec", *words, *where))
 
     @property
     def config(self) -> Path:
@@ -31,6 +37,11 @@ class Workspace:
     def weights(self) -> Path:
         """Downloaded pre-trained weights."""
         return self.root / "data" / "weights"
+
+    @property
+    def published(self) -> Path:
+        """Downloaded archives of published processed data, and what they were unpacked into."""
+        return self.root / "data" / "published"
 
     @property
     def runs(self) -> Path:

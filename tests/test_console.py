@@ -1,6 +1,7 @@
 """What is shown where."""
 
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -83,6 +84,32 @@ def test_results_are_not_cut_where_there_is_no_terminal(capsys):
     assert "x" * 300 in out
     assert "y" * 150 in out
     assert out.endswith("next: mmm4rec runs\n")
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "drawn"),
+    [
+        ([], 40, ""),
+        ([2.0], 40, "▅"),
+        ([1, 1], 40, "▅▅"),
+        ([0, 7, 3.5, math.nan], 40, "▁█▅ "),
+        (list(range(16)), 8, "▁▂▃▄▅▆▇█"),
+        ([1, 3, 9], 2, "▁█"),
+    ],
+)
+def test_a_sparkline_spans_lowest_to_highest_in_the_width(values, width, drawn):
+    assert console.sparkline(values, width) == drawn
+
+
+def test_learning_curves_name_both_ends_and_the_epoch_that_was_kept():
+    epochs = [{"epoch": n, "loss": 4.0 - n, "valid": {"MRR": m}} for n, m in ((1, 0.1), (2, 0.3), (3, 0.3), (4, 0.2))]
+    assert console.learning_curves(epochs, "MRR", "seed 1  ").splitlines() == [
+        "seed 1  loss       █▆▃▁  3.0000 → 0.0000",
+        "seed 1  valid MRR  ▁██▅  best 0.3000, epoch 3 of 4",  # of equal ones the later is kept
+    ]
+    unvalidated = [{"epoch": 1, "loss": 1.0, "valid": {}}]
+    assert console.learning_curves(unvalidated, "MRR") == "loss  ▅  1.0000 → 1.0000"
+    assert console.learning_curves([]) == ""
 
 
 def test_json_refuses_what_is_no_json():

@@ -1,5 +1,7 @@
 """What `doctor` says must be what it tried."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,6 +51,14 @@ def test_a_backend_that_fails_is_not_live():
 
 def test_disk_space_is_that_of_the_nearest_folder_that_is_there(found):
     assert 0 < found["disk"]["free_bytes"] <= found["disk"]["total_bytes"]
+
+
+def test_optional_packages_say_what_for_and_how(found, monkeypatch):
+    assert found["optional"]["faiss-cpu"]["version"]
+    assert all(about["for"] and about["install"].startswith("pip install") for about in found["optional"].values())
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    monkeypatch.setattr(doctor, "_backends", lambda reporter: {})
+    assert doctor.examine(Workspace(Path()))["optional"]["onnx"]["version"] is None
 
 
 def test_the_weightless_encoder_is_always_there(found):

@@ -81,3 +81,48 @@ def test_the_comparison_of_the_baselines_ends_in_a_table_with_its_commands(works
     text = page.read_text()
     assert all(f"| {name} | 3 |" in text for name in models)
     assert text.count("mmm4rec finetune --domain ring --model") == 2
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_encoding_gives_the_loops_vectors(tmp_path):
+    script, out = EXAMPLES / "benchmarks" / "embed.py", tmp_path / "out.jsonl"
+    sizes = ["--items", "80", "--pictures", "70", "--loop-items", "65", "--side", "60", "--tiny"]
+    words = [*sizes, "--device", "cpu", "--runs", "fp32:fork", "--out", str(out)]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loop, ours = (json.loads(line) for line in out.read_text().splitlines())
+    assert (loop["items"], ours["items"], ours["pictures"]) == (65, 80, 70)
+    assert ours["image_least_cosine_to_loop"] > 0.999999
+    assert ours["text_least_cosine_to_loop"] > 0.999999
+
+
+def test_the_study_of_new_items_measures_every_way(workspace, make_domain, small_settings, capsys):
+    make_domain(users=40)
+    model = small_settings().model
+    names = ("hidden_size", "inner_size", "d_state", "head_dim", "max_len")
+    words = [f"--set=model.{name}={getattr(model, name)}" for name in names]
+    words += ["--set=finetune.epochs=1", "--set=runtime.device=cpu", "--seeds=3", "--share=0.2"]
+    before = sorted(workspace.root.rglob("*"))
+    found = module(EXAMPLES / "new_items_study.py").main([str(workspace.root), "ring", *words])
+    assert [row["model"] for row in found] == [
+        f"{bias} item bias, {how}" for bias in ("without", "with") for how in ("as scored", "fair share")
+    ]
+    for row in found:
+        assert row["hidden items"] == 0.2
+        assert 0 < row["hidden targets"] < 1
+        assert 0 <= row["hidden in top 10"] <= 1
+        of_all = row["hidden targets"] * row["Hit@10, hidden"] + (1 - row["hidden targets"]) * row["Hit@10, others"]
+        assert row["Hit@10"] == pytest.approx(of_all)
+    assert sorted(workspace.root.rglob("*")) == before
+    assert "hidden in top 10" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_answers_measures_every_path(tmp_path, capsys):
+    sizes = ["--items", "300", "--users", "40", "--hidden", "32", "--batch", "16", "--seconds", "0.01"]
+    out = tmp_path / "serve.jsonl"
+    found = module(EXAMPLES / "benchmarks" / "serve.py").main([*sizes, "--device", "cpu", "--out", str(out)])
+    assert [json.loads(line) for line in out.read_text().splitlines()] == found
+    names = ["item table, once", "one history", "evaluate", "recommend", "argsort of all scores"]
+    assert [row["what"] for row in found] == names
+    assert all(row["users_per_second"] > 0 for row in found[2:])
+    assert capsys.readouterr().out.count("300 items") == len(names)

@@ -1,8 +1,9 @@
-"""Scans, convolutions and norms of state-space models, on whatever machine is at hand.
+"""Scans, convolutions and norms of state-space models, and scores against a table, on whatever machine is at hand.
 
 One public function an operation, each with the same numbers on every backend: `ssd`, `causal_conv1d`, `gated_rms_norm`
 and `ssd_block`, which is all three and what lies between them.
-What stands between them in a network is `residual_norm`, `hardswish_dropout` and `linear`.
+What stands between them in a network is `residual_norm`, `hardswish_dropout` and `linear`; what stands behind it
+`softmax_cross_entropy`, `lookup` and `compare_counts`.
 `backends()` says what can run here and why the rest cannot.
 """
 
@@ -11,18 +12,24 @@ from mmm4rec_kernels.block import CrossProjections, ssd_block
 from mmm4rec_kernels.conv1d import causal_conv1d
 from mmm4rec_kernels.norm import gated_rms_norm
 from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm
+from mmm4rec_kernels.scoring import Order, compare_counts, lookup, order_of, softmax_cross_entropy
 from mmm4rec_kernels.ssd import ssd
 
 __all__ = [
     "Availability",
     "BackendUnavailable",
     "CrossProjections",
+    "Order",
     "backends",
     "causal_conv1d",
+    "compare_counts",
     "gated_rms_norm",
     "hardswish_dropout",
     "linear",
+    "lookup",
+    "order_of",
     "residual_norm",
+    "softmax_cross_entropy",
     "ssd",
     "ssd_block",
 ]

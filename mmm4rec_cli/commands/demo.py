@@ -85,7 +85,7 @@ def demo(
         shown,
         facts,
         f"report: {page}",
-        next=f"mmm4rec evaluate --workspace {workspace.root} --by length,popularity",
+        next=workspace.command("evaluate", "--by", "length,popularity"),
     )
 
 

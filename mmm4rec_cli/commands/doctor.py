@@ -33,11 +33,19 @@ def doctor(invocation: Invocation) -> Result:
         for name, state in states.items()
     ]
     encoders = [(name, *_live(state)) for name, state in found["encoders"].items()]
+    optional = [
+        (name, about["version"] or f"no: {about['install']}", about["for"]) for name, about in found["optional"].items()
+    ]
+    workspace = invocation.workspace
+    domains = sorted(path.parent.name for path in workspace.processed("any").parent.glob("*/manifest.json"))
+    following = workspace.command("finetune", "--domain", domains[0]) if domains else "mmm4rec demo --workspace demo"
     return Result(
         found,
         table("machine", ("what", "found"), machine),
         table("kernel backends", ("operation", "backend", "live", "why"), kernels),
         table("encoders on disk", ("encoder", "here", "why"), encoders),
+        table("optional packages", ("package", "installed", "for"), optional),
+        next=following,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmm4rec_cli.commands.invocation import Invocation, Result, command
+from mmm4rec_cli.commands.invocation import Invocation, Result, command, curves_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,14 +66,12 @@ def evaluate(
     """Rank the whole catalogue for every user and measure where the target stands."""
     from mmm4rec_cli.errors import UsageError
     from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
-    from mmm4rec_cli.evaluation.segments import SEGMENTS
+    from mmm4rec_cli.evaluation.segments import kinds_of
     from mmm4rec_cli.runs import find_run, run_or_newest
     from mmm4rec_cli.settings import for_run
 
     workspace, reporter = invocation.workspace, invocation.reporter
-    kinds = list(dict.fromkeys(part.strip() for part in (by or "").split(",") if part.strip()))
-    if unknown := [kind for kind in kinds if kind not in SEGMENTS]:
-        raise UsageError(f"--by: unknown segments {', '.join(unknown)}", hint=f"choose of {','.join(SEGMENTS)}")
+    kinds = kinds_of(by or "")
     options = {"evaluate.k": k, "runtime.device": device}
     if run is not None and Path(run).is_file():
         found, settings = _adopted(invocation, Path(run), domain, options)
@@ -95,7 +93,8 @@ def evaluate(
         compare=None if compare is None else find_run(workspace, compare),
         reporter=reporter,
     )
-    return Result(document, *_shown(document))
+    following = workspace.command("report", "--run", found.short_id) if found.finished else None
+    return Result(document, *_shown(document), *curves_of(found), next=following)
 
 
 def _shown(document: dict[str, Any]) -> "list[RenderableType]":
@@ -105,8 +104,9 @@ def _shown(document: dict[str, Any]) -> "list[RenderableType]":
     first = f"{document['model']}, seen items hidden" if masked else document["model"]
     rows = {first: (document["metrics"], document.get("metrics_sd"))}
     if masked:
-        rows[f"{document['model']}, all items"] = (document["metrics_unmasked"], None)
-    rows |= {name: (values, None) for name, values in document["yardsticks"].items()}
+        rows[f"{document['model']}, all items"] = (document["metrics_unmasked"], document.get("metrics_unmasked_sd"))
+    hidden = ", seen items hidden" if masked else ""
+    rows |= {f"{name}{hidden}": (values, None) for name, values in document["yardsticks"].items()}
     shown: list[RenderableType] = [
         metric_table(f"{document['domain']}, {document['split']}; run {document['run']}", rows)
     ]

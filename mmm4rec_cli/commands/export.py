@@ -44,4 +44,4 @@ def export(
     folder = out or found.path / "export" / format.value
     document = export_run(workspace, found, settings, format.value, folder, invocation.reporter)
     lines = [f"{folder}: {document['n_items']:,} items, vectors of {document['width']}", *document["files"]]
-    return Result(document, "\n  ".join(lines))
+    return Result(document, "\n  ".join(lines), next=workspace.command("runs"))

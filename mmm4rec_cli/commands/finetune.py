@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmm4rec_cli.commands.invocation import Invocation, Result, command
+from mmm4rec_cli.commands.invocation import Invocation, Result, command, curves_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -96,7 +96,9 @@ def finetune(
         resume=run,
         reporter=reporter,
     )
-    return Result(result, *_shown(result), next=f"mmm4rec evaluate --run {result['run'].rsplit('-', 1)[-1]}")
+    trained = find_run(workspace, result["run"])
+    following = workspace.command("evaluate", "--run", trained.short_id)
+    return Result(result, *_shown(result), *curves_of(trained), next=following)
 
 
 def _shown(result: dict[str, Any]) -> "list[RenderableType]":

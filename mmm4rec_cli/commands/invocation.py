@@ -17,6 +17,7 @@ from mmm4rec_cli.workspace import Workspace
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from mmm4rec_cli.runs import Run
     from mmm4rec_cli.settings import Resolved, Settings
 
 COMMON = "Common options"
@@ -75,6 +76,17 @@ class Result:
         self.document = document
         self.shown = shown
         self.next = next
+
+
+def curves_of(run: "Run") -> list[str]:
+    """The learning curves of a run, as a person sees them in the terminal: one text a seed."""
+    from mmm4rec_cli.console import learning_curves
+
+    metric = run.settings_document.get("finetune", {}).get("metric")
+    members = run.members
+    labels = [f"seed {member.about['seeds'][0]}  " if len(members) > 1 else "" for member in members]
+    made = (learning_curves(member.epochs, metric, label) for member, label in zip(members, labels, strict=True))
+    return [one for one in made if one]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`mmm4rec preprocess`."""
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
     from mmm4rec_cli.workspace import Workspace
 
+
+class Engine(StrEnum):
+    """What encodes."""
+
+    local = "local"
+    ray = "ray"
+
+
 OWN_ENCODER = "own"
 """Name of the features file of `--features` where `--encoder` gives none."""
 
@@ -25,6 +34,7 @@ OWN_ENCODER = "own"
     "mmm4rec preprocess --domain my-shop --features vectors.parquet",
     "mmm4rec preprocess --domain my-shop --append new-orders.csv --items new-products.jsonl",
     "mmm4rec preprocess --stats scientific",
+    "mmm4rec preprocess --domain arts --shard 1/4",
 )
 def preprocess(
     invocation: Invocation,
@@ -80,11 +90,20 @@ def preprocess(
             help="your own vectors, parquet or jsonl: item_id, text, image", metavar="FILE", show_default="an encoder's"
         ),
     ] = None,
+    processed: Annotated[
+        Path | None,
+        typer.Option(
+            "--import-processed",
+            help="folder in the published layout: *_seq.jsonl, item2id.jsonl, user2id.jsonl, *_feat.pth",
+            metavar="DIR",
+            show_default="the domain's raw files",
+        ),
+    ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="siglip, siglip2, clip, sketch (no weights, not for research), an id or a folder; with --features its "
-            "name",
+            help="siglip, siglip2, clip, blip, blip2, fashion-siglip, siglip+roberta, clip+bert, sketch (no weights, "
+            "not for research), an id or a folder; with --features its name",
             metavar="NAME",
             show_default="features.encoder = siglip",
         ),
@@ -113,6 +132,16 @@ def preprocess(
     stats: Annotated[
         bool, typer.Option("--stats", help="make nothing: describe the tables that are there, beside published counts")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="encode the I-th of N shares, one a machine; then --merge", metavar="I/N", show_default="all"
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="encode nothing, join what all shards made")] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="where encoding runs: this process and its workers, or Ray (extra [ray])")
+    ] = Engine.local,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N", show_default="runtime.device = auto")
     ] = None,
@@ -121,9 +150,11 @@ def preprocess(
     from mmm4rec_cli.data.growth import append_to_tables
     from mmm4rec_cli.data.images import LEFT_OUT, fetch_images, leave_images_out
     from mmm4rec_cli.data.preprocess import build_tables
+    from mmm4rec_cli.data.tables import command as command_line
     from mmm4rec_cli.device import resolve_device
-    from mmm4rec_cli.features.encoders import joint_model
+    from mmm4rec_cli.features.encoders import model_sources
     from mmm4rec_cli.features.extract import extract_features, import_features
+    from mmm4rec_cli.features.parts import read_shard
 
     workspace, reporter = invocation.workspace, invocation.reporter
     wanted = _domains(workspace, [*(names or []), *(domain or [])], mix or [])
@@ -138,11 +169,26 @@ def preprocess(
             "--append and --interactions exclude one another",
             hint="--interactions makes a domain anew, --append adds to it",
         )
+    share = None if shard is None else read_shard(shard)
+    if share is not None and merge:
+        raise UsageError("--shard and --merge exclude one another", hint="--merge comes when every shard is done")
+    if (share is not None or merge or engine != Engine.local) and (features is not None or skip_features):
+        raise UsageError(
+            "--shard, --merge and --engine are about encoding, and --features and --skip-features encode nothing",
+            hint="leave one side out",
+        )
     if len(wanted) != 1 and any(file is not None for file in (interactions, items, features, append)):
         raise UsageError(
             "own files belong to one domain, and none or several are named",
             hint="name it with --domain NAME: letters, digits, - and _",
         )
+    if processed is not None:
+        if len(wanted) != 1 or any(one is not None for one in (interactions, items, features)):
+            raise UsageError(
+                "--import-processed takes one domain and no other files",
+                hint="name it with --domain NAME or --mix NAME",
+            )
+        return _imported(invocation, wanted[0], processed, encoder)
     options = {
         "features.encoder": encoder,
         "features.text_model": text_model,
@@ -153,7 +199,7 @@ def preprocess(
     resolved = {name: invocation.resolved(domain=name, options=options) for name in wanted or _complete(workspace)}
     if features is None and not skip_features:
         for one in resolved.values():
-            joint_model(one.settings.features)
+            model_sources(one.settings.features)
             resolve_device(one.settings.runtime.device)
     manifests = []
     for name, one in resolved.items():
@@ -173,11 +219,44 @@ def preprocess(
             own = settings.features.encoder if one.is_set("features.encoder") else OWN_ENCODER
             path = import_features(workspace, name, features, own, reporter)
         elif not skip_features:
-            path = extract_features(workspace, name, settings.features, settings.runtime.device, reporter)
+            path = extract_features(
+                workspace,
+                name,
+                settings.features,
+                settings.runtime.device,
+                reporter,
+                engine=engine.value,
+                shard=share,
+                merge=merge,
+            )
         manifests.append(manifest | {"features": None if path is None else str(path)})
     document = manifests[0] if len(manifests) == 1 else {"domains": manifests}
     shown = [part for manifest in manifests for part in _shown(manifest)]
+    if share is not None:
+        words = [word for name in resolved for word in ("--mix" if name in (mix or []) else "--domain", name)]
+        words += [word for option, value in _named(encoder, text_model, image_model) for word in (option, value)]
+        return Result(document, *shown, next=command_line(workspace, "preprocess", *words, "--merge"))
     return Result(document, *shown, next=_next(workspace, list(resolved)))
+
+
+def _named(encoder: str | None, text_model: str | None, image_model: str | None) -> list[tuple[str, str]]:
+    """The options that choose the encoder, those that were given."""
+    options = (("--encoder", encoder), ("--text-model", text_model), ("--image-model", image_model))
+    return [(option, value) for option, value in options if value is not None]
+
+
+def _imported(invocation: Invocation, name: str, folder: Path, encoder: str | None) -> Result:
+    """Take a folder in the published layout."""
+    from mmm4rec_cli.data.import_processed import import_processed
+    from mmm4rec_cli.features.store import encoder_name
+
+    workspace = invocation.workspace
+    settings = invocation.settings(domain=name, options={"features.encoder": encoder})
+    file = encoder_name(settings.features)
+    manifest = import_processed(workspace, name, folder, file, invocation.reporter)
+    path = workspace.features(name, file)
+    manifest |= {"features": str(path) if path.is_file() else None}
+    return Result(manifest, *_shown(manifest), next=_next(workspace, [name]))
 
 
 def _domains(workspace: "Workspace", domains: Sequence[str], mixes: Sequence[str]) -> list[str]:

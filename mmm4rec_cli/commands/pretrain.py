@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from mmm4rec_cli.commands.invocation import Invocation, Result, command
+from mmm4rec_cli.commands.invocation import Invocation, Result, command, curves_of
 
 DEFAULT_MIX = "fhckm"
 
@@ -68,4 +68,5 @@ def pretrain(
         f"pre-trained on {result['domain']}: {result['epochs']} epochs, loss {result['loss']:.4f}, "
         f"{result['seconds']:.1f} s; run {result['run']}"
     )
-    return Result(result, shown, next="mmm4rec finetune --domain scientific" if mix or not domain else None)
+    following = workspace.command("finetune", "--domain", "scientific" if mix or not domain else domains[-1])
+    return Result(result, shown, *curves_of(find_run(workspace, result["run"])), next=following)

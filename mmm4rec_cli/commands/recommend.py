@@ -64,7 +64,7 @@ def recommend(
     new_items: Annotated[
         Path | None,
         typer.Option(
-            help="items never trained on (item_id, title or text, image): ranked with the known ones, item bias zero",
+            help="items never trained on (item_id, title or text, image): ranked with the known ones",
             metavar="FILE",
             show_default="none",
         ),
@@ -139,12 +139,11 @@ def recommend(
                 answered, rows = answered + len(block.users), rows + table.num_rows
                 stage.advance(len(block.users))
         document = {**about, "out": str(out), "n_users": answered, "n_rows": rows}
-        return Result(document, f"{out}: {rows:,} recommendations, {answered:,} users")
+        following = workspace.command("report", "--run", found_run.short_id)
+        return Result(document, f"{out}: {rows:,} recommendations, {answered:,} users", next=following)
     document = {**about, "users": [one for block in blocks for one in recommender.documents(block)]}
-    from mmm4rec_cli.data.tables import command as command_line
-
-    following = None if similar is not None else _next(document)
-    return Result(document, *_shown(document), next=None if following is None else command_line(workspace, *following))
+    words = _next(document)
+    return Result(document, *_shown(document), next=None if words is None else workspace.command(*words))
 
 
 def _encoded(invocation: Invocation, file: Path, run: "Run", settings: "Settings") -> "NewItems":
@@ -164,9 +163,10 @@ def _encoded(invocation: Invocation, file: Path, run: "Run", settings: "Settings
 
 
 def _next(document: dict[str, Any]) -> tuple[str, ...] | None:
-    """Look closer at the first answer."""
-    first = next((one["items"][0] for one in document["users"] if one["items"]), None)
-    return None if first is None else ("recommend", "--run", document["run"], "--similar", first["raw_item_id"])
+    """Look closer at the first answer: at its neighbours, or at what would follow it."""
+    first = next((one["items"][0]["raw_item_id"] for one in document["users"] if one["items"]), None)
+    option = "--history" if "similar" in document else "--similar"
+    return None if first is None else ("recommend", "--run", document["run"], option, first)
 
 
 def _shown(document: dict[str, Any]) -> list[Any]:

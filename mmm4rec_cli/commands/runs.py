@@ -25,21 +25,47 @@ def runs(
     from mmm4rec_cli.runs import all_runs
 
     invocation.settings()
-    rows = []
+    rows, curves = [], []
     for run in all_runs(invocation.workspace, domain=domain):
         try:
-            rows.append(_row(run))
+            row = _row(run)
+            curve = _curve(run, row["metric"])
         except RunError as error:
             for problem in error.problems:
                 invocation.reporter.warn(problem)
-            rows.append(_unreadable(run))
+            row, curve = _unreadable(run), None
+        rows.append(row)
+        curves.append(curve)
     if not rows and domain is not None:
         check_domain(invocation.workspace, domain)
     if not rows:
-        return Result({"runs": []}, f"no runs in {invocation.workspace.runs}", next="mmm4rec finetune")
-    shown = table("", [name.replace("_", " ") for name in rows[0]], [list(row.values()) for row in rows])
-    newest = next((row for row in rows if row["command"] == "finetune" and row["state"] == "finished"), None)
-    return Result({"runs": rows}, shown, next=f"mmm4rec evaluate --run {newest['run']}" if newest else None)
+        following = invocation.workspace.command("finetune", *(["--domain", domain] if domain else []))
+        return Result({"runs": []}, f"no runs in {invocation.workspace.runs}", next=following)
+    names = [name.replace("_", " ") for name in rows[0]]
+    shown = table("", [*names, "curve"], [[*row.values(), curve] for row, curve in zip(rows, curves, strict=True)])
+    return Result({"runs": rows}, shown, next=invocation.workspace.command(*_next(rows)))
+
+
+def _next(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Evaluate the newest fine-tuning run, else finish or start one."""
+    tunings = [row for row in rows if row["command"] == "finetune"]
+    finished = next((row for row in tunings if row["state"] == "finished"), None)
+    if finished is not None:
+        return "evaluate", "--run", finished["run"]
+    unfinished = next((row for row in tunings if row["state"] == "unfinished"), None)
+    if unfinished is not None:
+        return "finetune", "--domain", unfinished["domain"], "--resume", unfinished["run"]
+    return ("finetune",)
+
+
+def _curve(run: "Run", metric: str | None) -> str | None:
+    """The validation metric (of the first seed) epoch by epoch, else the loss; None before the first epoch."""
+    from mmm4rec_cli.console import sparkline
+
+    epochs = run.members[0].epochs
+    if metric is not None and all(metric in row.get("valid", {}) for row in epochs):
+        return sparkline([row["valid"][metric] for row in epochs], 20) or None
+    return sparkline([row["loss"] for row in epochs], 20) or None
 
 
 def _row(run: "Run") -> dict[str, Any]:

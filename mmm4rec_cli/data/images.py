@@ -1,26 +1,28 @@
 """Pictures of items: fetched where they are missing, checked, and opened."""
 
+import asyncio
 import re
-import time
 import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from mmm4rec_cli.data.columns import IMAGE, IMAGE_URL
 from mmm4rec_cli.data.domains import MIXES
+from mmm4rec_cli.data.fetch import Refused, Stumbled, asked_to_wait, patience, run_async, said, worth_another_attempt
 from mmm4rec_cli.data.tables import read_tables, write_images
 from mmm4rec_cli.errors import NetworkError
-from mmm4rec_cli.files import written_whole
+from mmm4rec_cli.files import only_writer, written_whole
 from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.settings.schema import DataSettings
 from mmm4rec_cli.workspace import Workspace
@@ -31,8 +33,18 @@ FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP":
 LEFT_OUT = "left out"
 """In the manifest under `images`: no picture is used, by the user's wish."""
 
+OUTCOMES = "images.parquet"
+"""Beside the pictures' folder: what became of each item's picture in the last command that looked for them."""
+
 _ATTEMPTS = 3
+_FIRST_WAIT = 0.5
+_PATIENCE = 4
+"""Times `image_timeout` that a picture may take as a whole."""
 _LARGEST = 64 * 2**20
+_SMALLEST = 60
+"""Bytes; the invisible dots that shops send for a missing picture have 35 to 50."""
+_NARROWEST = 4
+"""Pixels."""
 
 
 class UnreadableImage(Exception):
@@ -117,13 +129,14 @@ def fetch_images(
 ) -> dict[str, Any]:
     """Fetch the pictures that the kept items name and that are not there yet; then set `image` in items.parquet.
 
-    A picture that is there is never fetched again. Failures are counted and listed, with their reasons, in
-    `data/raw/<domain>/images.log`.
+    A picture that is there is never fetched again. Wrong types, placeholders, damaged and oversized ones are rejected.
+    Failures are counted and listed, with their reasons, in `data/raw/<domain>/images.log`; what became of each item's
+    picture is in `data/raw/<domain>/images.parquet`.
 
     Args:
         workspace: where.
         domain: a domain or mix that has tables.
-        settings: `image_workers` and `image_timeout` are looked at.
+        settings: `image_workers`, `image_per_host` and `image_timeout` are looked at.
         offline: fetch nothing, take what is there.
         reporter: hears of progress and failures.
 
@@ -157,13 +170,21 @@ def fetch_images(
             wanted.append(_Wanted(index, url, stem))
     failures: list[tuple[_Wanted, str]] = []
     if wanted and not offline:
-        with decoding(), reporter.stage(f"images of {domain}", len(wanted), "images") as progress:
-            for one, result in _fetched(wanted, settings):
+        with ExitStack() as held:
+            for folder in dict.fromkeys(one.stem.parent for one in wanted):
+                held.enter_context(only_writer(folder))
+            held.enter_context(decoding())
+            progress = held.enter_context(reporter.stage(f"images of {domain}", len(wanted), "images"))
+
+            def tell(one: _Wanted, result: Path | str) -> None:
                 if isinstance(result, Path):
                     paths[one.index] = str(result.absolute())
                 else:
                     failures.append((one, result))
                 progress.advance(1, f"{len(failures)} failed" if failures else "")
+
+            run_async(_fetch_all(wanted, settings, tell))
+    _write_outcomes(workspace, domain, tables.raw_item_ids, urls, paths, wanted, failures)
     log = workspace.raw(domain) / "images.log"
     if failures:
         lines = [f"{tables.raw_item_ids[one.index]}\t{one.url}\t{why}\n" for one, why in failures]
@@ -178,6 +199,12 @@ def fetch_images(
             f"(all in {log})",
             hint="try again later, or run again with --no-images (no pictures) or --offline (those that are there)",
         )
+    if wanted and not offline:
+        rejected = sum(why.startswith(("not a picture", "a placeholder", "more than")) for _, why in failures)
+        reporter.note(
+            f"images of {domain}: {there} there before, {len(wanted) - len(failures)} fetched, {rejected} rejected, "
+            f"{len(failures) - rejected} failed; each in {log.with_name(OUTCOMES)}"
+        )
     if failures:
         reporter.warn(f"{len(failures)} of {len(wanted)} pictures could not be had; reasons are in {log}")
     if offline and wanted:
@@ -189,6 +216,42 @@ def fetch_images(
         "failed": len(failures),
     }
     return write_images(workspace, domain, paths, {"images": counts})
+
+
+def _write_outcomes(
+    workspace: Workspace,
+    domain: str,
+    raw_item_ids: list[str],
+    urls: list[str | None],
+    paths: list[str | None],
+    wanted: list[_Wanted],
+    failures: list[tuple[_Wanted, str]],
+) -> None:
+    """Write one row an item: raw_item_id, url, outcome, reason (of a failure), bytes."""
+    sought = {one.index for one in wanted}
+    reasons = {one.index: why for one, why in failures}
+    rows: dict[str, list[Any]] = {"raw_item_id": raw_item_ids, "url": urls, "outcome": [], "reason": [], "bytes": []}
+    for index, (url, path) in enumerate(zip(urls, paths, strict=True)):
+        why = reasons.get(index)
+        if why is not None:
+            outcome = "rejected" if why.startswith(("not a picture", "a placeholder", "more than")) else "failed"
+        elif path is not None:
+            outcome = "fetched" if index in sought else "there"
+        else:
+            outcome = "no address" if url is None else "not fetched"
+        rows["outcome"].append(outcome)
+        rows["reason"].append(why)
+        rows["bytes"].append(_bytes(workspace.root.absolute() / path) if path is not None else None)
+    kinds = [pa.string(), pa.string(), pa.string(), pa.string(), pa.int64()]
+    with written_whole(workspace.raw(domain) / OUTCOMES) as part:
+        pq.write_table(pa.table(rows, schema=pa.schema(list(zip(rows, kinds, strict=True)))), part)
+
+
+def _bytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def leave_images_out(workspace: Workspace, domain: str) -> dict[str, Any]:
@@ -210,57 +273,60 @@ def _listing(folder: Path) -> dict[str, str]:
     return {path.stem: path.name for path in folder.iterdir() if path.suffix in FORMATS.values()}
 
 
-def _fetched(wanted: list[_Wanted], settings: DataSettings) -> Iterator[tuple[_Wanted, Path | str]]:
-    """Fetch with several threads; gives the file or the reason of the failure, in the order of completion."""
-    limits = httpx.Limits(max_connections=settings.image_workers)
-    with (
-        httpx.Client(timeout=settings.image_timeout, follow_redirects=True, limits=limits) as client,
-        ThreadPoolExecutor(settings.image_workers) as pool,
-    ):
-        rest = iter(wanted)
-        running: dict[Future[Path | str], _Wanted] = {}
+async def _fetch_all(
+    wanted: list[_Wanted], settings: DataSettings, tell: Callable[[_Wanted, Path | str], None]
+) -> None:
+    """Fetch with a bounded number of tasks, few at a time from one host; tells the file or why there is none."""
+    places: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(settings.image_per_host))
+    limits = httpx.Limits(max_connections=settings.image_workers, max_keepalive_connections=settings.image_workers)
+    timeout = httpx.Timeout(settings.image_timeout, pool=None)
+    headers = {"User-Agent": "mmm4rec"}
+    rest = iter(wanted)
+    async with httpx.AsyncClient(timeout=timeout, limits=limits, headers=headers, follow_redirects=True) as client:
+
+        async def work() -> None:
+            for one in rest:
+                try:
+                    host = httpx.URL(one.url).host
+                except httpx.InvalidURL as error:
+                    tell(one, said(error))
+                    continue
+                async with places[host]:
+                    result = await _fetch(client, one, settings.image_timeout)
+                tell(one, result)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(settings.image_workers, len(wanted))):
+                group.create_task(work())
+
+
+async def _fetch(client: httpx.AsyncClient, one: _Wanted, seconds: float) -> Path | str:
+    async def once() -> bytes:
         try:
-            while True:
-                for one in islice(rest, 2 * settings.image_workers - len(running)):
-                    running[pool.submit(_fetch, client, one)] = one
-                if not running:
-                    return
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield running.pop(future), future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+            # A server that drips never runs into the limit between two pieces.
+            async with asyncio.timeout(_PATIENCE * seconds):
+                return await _content(client, one.url)
+        except TimeoutError:
+            raise Stumbled(f"Timeout: not whole within {_PATIENCE * seconds:g} s") from None
+
+    try:
+        content: bytes = await patience(_ATTEMPTS, _FIRST_WAIT)(once)
+    except (UnreadableImage, Refused) as error:
+        return said(error)
+    except (Stumbled, httpx.HTTPError, httpx.InvalidURL) as error:
+        why = said(error) if isinstance(error, Stumbled) else f"{type(error).__name__}: {said(error)}"
+        return f"{why} ({_ATTEMPTS} attempts)" if worth_another_attempt(error) else why
+    return await asyncio.to_thread(_saved, content, one.stem)
 
 
-def _fetch(client: httpx.Client, one: _Wanted) -> Path | str:
-    why = ""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(0.2 * 2**attempt)
-        try:
-            content = _content(client, one.url)
-        except UnreadableImage as error:
-            return str(error)
-        except (httpx.HTTPStatusError, httpx.TransportError) as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            if isinstance(error, httpx.HTTPStatusError):
-                why = f"HTTP {error.response.status_code}"
-                if error.response.status_code < 500 and error.response.status_code != 429:
-                    return why
-            elif isinstance(error, httpx.UnsupportedProtocol):
-                return why
-            continue
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return _saved(content, one.stem)
-    return f"{why} ({_ATTEMPTS} attempts)"
-
-
-def _content(client: httpx.Client, url: str) -> bytes:
-    with client.stream("GET", url) as answer:
-        answer.raise_for_status()
+async def _content(client: httpx.AsyncClient, url: str) -> bytes:
+    async with client.stream("GET", url) as answer:
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise Stumbled(f"HTTP {answer.status_code}", asked_to_wait(answer))
+        if answer.status_code != 200:
+            raise Refused(f"HTTP {answer.status_code}")
         content = bytearray()
-        for piece in answer.iter_bytes():
+        async for piece in answer.aiter_bytes():
             content += piece
             if len(content) > _LARGEST:
                 raise UnreadableImage(f"more than {_LARGEST // 2**20} MiB")
@@ -270,7 +336,9 @@ def _content(client: httpx.Client, url: str) -> bytes:
 def _saved(content: bytes, stem: Path) -> Path | str:
     """Check a picture by decoding it, then put it in its place; else say why not."""
     try:
-        open_image(BytesIO(content))
+        picture = open_image(BytesIO(content))
+        if min(picture.size) < _NARROWEST or len(content) < _SMALLEST:
+            return f"a placeholder ({picture.width} x {picture.height} pixels)"
         with Image.open(BytesIO(content), formats=list(FORMATS)) as image:
             suffix = FORMATS.get(image.format or "", ".jpg")
     except UnreadableImage as error:

@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from mmm4rec_cli import __version__
-from mmm4rec_cli.data import domains
+from mmm4rec_cli.data import amazon_2023, domains
 from mmm4rec_cli.data.columns import (
     IMAGE,
     IMAGE_URL,
@@ -50,7 +50,6 @@ from mmm4rec_cli.workspace import Workspace
 RULES = 1
 """Version of the rules in this package: raised when the same sources and settings would give other tables."""
 
-_IRRELEVANT = {"split", "image_timeout", "image_workers"}
 ROLES = ("interactions", "items")
 
 LEFT_OUT_ROWS = "left_out.parquet"
@@ -64,6 +63,11 @@ KNOWN_ITEMS = "known_items.parquet"
 
 `raw_item_id`, `title`, `text`, `image`, `image_url`.
 """
+
+_IRRELEVANT = {
+    *("split", "image_timeout", "image_workers", "image_per_host", "mirrors"),
+    *(name for name in DataSettings.model_fields if name.startswith("download_")),
+}
 
 Counts = dict[str, dict[str, int]]
 """Step -> users, items and rows behind it."""
@@ -245,6 +249,9 @@ def _sources(workspace: Workspace, domain: str, log: Path | None, items: Path | 
 
 def _raw(workspace: Workspace, domain: str) -> _Source:
     folder, category = workspace.raw(domain), domains.category(domain)
+    newer = amazon_2023.files(folder, domain)
+    if newer is not None and not (folder / f"{category}.csv").is_file():
+        return _Source(domain, *newer, own=False)
     packed, plain = folder / f"meta_{category}.json.gz", folder / f"meta_{category}.json"
     metadata = plain if plain.is_file() and not packed.is_file() else packed
     return _Source(domain, folder / f"{category}.csv", metadata, own=False)
@@ -314,6 +321,10 @@ def _filtered(
         log, notes = read_own_interactions(source.interactions, settings.columns, settings.timestamp_unit)
         for note in notes:
             reporter.note(note)
+    elif source.interactions.name.endswith(".csv.gz"):
+        reporter.note(amazon_2023.NOTE)
+        hint = command(workspace, "download", "--domain", source.domain, "--source", "amazon-2023")
+        log = amazon_2023.read_ratings(source.interactions, hint)
     else:
         log = read_ratings(source.interactions, command(workspace, "download", "--domain", source.domain))
     counts = {"read": log.counts()}
@@ -329,8 +340,12 @@ def _filtered(
         metadata = metadata_of_own(own_items, rated)
     else:
         wanted = rated if everything else k_core(log, settings.min_user, settings.min_item)[0].item_names()
-        hint = command(workspace, "download", "--domain", source.domain)
-        metadata = read_metadata(source.items, rated, wanted, hint)
+        if source.items.name.endswith(".jsonl.gz"):
+            hint = command(workspace, "download", "--domain", source.domain, "--source", "amazon-2023")
+            metadata = amazon_2023.read_metadata(source.items, rated, wanted, hint)
+        else:
+            hint = command(workspace, "download", "--domain", source.domain)
+            metadata = read_metadata(source.items, rated, wanted, hint)
     log = keep_items(log, metadata.known)
     counts["items in metadata"] = log.counts()
     if settings.require_text:

@@ -6,7 +6,6 @@ V items (without the padding row, item id 0).
 
 import hashlib
 import json
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +121,7 @@ class Tables:
 
 def command(workspace: Workspace, *words: str) -> str:
     """The command line that does `words` in this workspace, ready to be typed."""
-    where = () if workspace.root == Path() else ("--workspace", str(workspace.root))
-    return shlex.join(("mmm4rec", *words, *where))
+    return workspace.command(*words)
 
 
 def preprocess_command(workspace: Workspace, domain: str) -> str:

@@ -122,13 +122,25 @@ def _seen(
 
 
 def rank_by_popularity(
-    sequences: Sequences, known_N: Tensor, targets: Tensor, split: str, n_items: int, ties: Ties = "half"
+    sequences: Sequences,
+    known_N: Tensor,
+    targets: Tensor,
+    split: str,
+    n_items: int,
+    ties: Ties = "half",
+    *,
+    mask_seen: bool = False,
 ) -> RankedSplit:
     """The yardstick: every item scored by its number of interactions that training may see."""
     table_V1 = torch.bincount(sequences.items_N[known_N].long(), minlength=n_items + 1).double()[:, None]
     ones_B1 = torch.ones(len(targets), 1).to(table_V1)
     target_U = sequences.items_N[targets].long()
-    rank0 = target_ranks(ones_B1, table_V1, target_U, ties=ties)
+    rank0 = torch.cat(
+        [
+            target_ranks(ones_B1[part], table_V1, target_U[part], ties=ties, mask=mask_BV)
+            for part, mask_BV in _seen(sequences, targets, n_items + 1, mask_seen)
+        ]
+    )
     return _by_user(sequences, targets, rank0, split)
 
 

@@ -55,7 +55,7 @@ def evaluate_run(
         run: a finished run.
         settings: the run's, with `evaluate` and `runtime` of the invocation.
         split: `valid` or `test`.
-        mask_seen: give the figures with seen items hidden, and the others beside them.
+        mask_seen: give the figures with seen items hidden (popularity's too), and the model's others beside them.
         segments: kinds of segments (`mmm4rec_cli.evaluation.segments`) to measure too.
         compare: another run of the same domain: differences with a paired bootstrap over users.
         reporter: progress and notes.
@@ -78,7 +78,9 @@ def evaluate_run(
     chosen = [one.masked if one.masked is not None else one.plain for one in members]
     cutoffs, ties = settings.evaluate.k, settings.evaluate.ties
     rows = [summary(one.rank0_U, cutoffs) for one in chosen]
-    popular = rank_by_popularity(sequences, held_out.known_N, targets, split, dataset.n_items, ties)
+    popular = rank_by_popularity(
+        sequences, held_out.known_N, targets, split, dataset.n_items, ties, mask_seen=mask_seen
+    )
     repeated = rank_by_repeating(sequences, targets, split, dataset.n_items, ties)
     document: dict[str, Any] = {
         "run": run.id,
@@ -101,7 +103,12 @@ def evaluate_run(
         "trained_on_later": later_share(dataset, held_out, targets),
     }
     if mask_seen:
-        document["metrics_unmasked"] = _over([summary(one.plain.rank0_U, cutoffs) for one in members], mean)
+        unmasked = [summary(one.plain.rank0_U, cutoffs) for one in members]
+        document["metrics_unmasked"] = _over(unmasked, mean)
+        if len(members) > 1:
+            document["metrics_unmasked_sd"] = _over(unmasked, stdev)
+        # What repeats the last item has nothing left to say where seen items are hidden.
+        del document["yardsticks"]["repeat last"]
     if len(members) > 1:
         document["seeds"] = about["seeds"]
         document["metrics_mean"], document["metrics_sd"] = document["metrics"], _over(rows, stdev)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice, pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +23,15 @@ from mmm4rec_cli.device import precision, resolve_device
 from mmm4rec_cli.errors import DataError, RunError, UsageError
 from mmm4rec_cli.evaluation.evaluate_run import check_finished, run_dataset
 from mmm4rec_cli.evaluation.top_k import top_k
-from mmm4rec_cli.features.new_items import NewItems
 from mmm4rec_cli.features.store import ItemFeatures
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.runs import Run, load_model
 from mmm4rec_cli.settings.schema import Settings
 from mmm4rec_cli.workspace import Workspace
+
+if TYPE_CHECKING:  # it loads the encoders, which answering does not need
+    from mmm4rec_cli.features.new_items import NewItems
 
 SCHEMA = pa.schema(
     [
@@ -43,6 +45,8 @@ SCHEMA = pa.schema(
 )
 """The columns of a file of recommendations; `rank` counts from 1."""
 
+_CALIBRATED, _TOP = 1000, 10
+"""Users whose histories are looked at to raise new items, and the places that these are to get their share of."""
 _UNKNOWN_GAP = 3600
 """Seconds between events of a history without times: the gap that the observed time stream takes for "unknown"."""
 
@@ -116,6 +120,37 @@ class Recommender:
         ids = range(1, len(self.item_VD)) if candidates is None else sorted(set(candidates))
         self.candidate_V = torch.tensor(ids, dtype=torch.int64, device=device)
         self._candidate_VD = self.item_VD[1:] if candidates is None else self.item_VD[self.candidate_V]
+        self._offset_V: Tensor | None = None
+
+    def raise_new(self, first_new: int) -> float:
+        """Raise the scores of items from `first_new` on by one number, which is given back.
+
+        It is the least that gives them, over the histories before the validation targets (seen items hidden), the
+        share of the top ten that they have of the candidates; zero where they have it anyway. No target is read.
+        """
+        new_V = self.candidate_V >= first_new
+        known, new = ((self._candidate_VD[rows], self.candidate_V[rows]) for rows in (~new_V, new_V))
+        if not len(known[1]) or not len(new[1]):
+            return 0.0
+        counts_U = self.dataset.sequences.counts_U
+        users = torch.nonzero(counts_U > 2).flatten()
+        users = users[torch.linspace(0, len(users) - 1, min(_CALIBRATED, len(users))).round().long()]
+        needed = []
+        for block in torch.split(users, self.settings.evaluate.batch_size):
+            asked = [Asked(self.dataset.raw_user_ids[user]) for user in block.tolist()]
+            histories = [self._history(one, 0, "valid") for one in asked]
+            user_BD, hidden = self.user_vectors(histories), self._seen(histories)
+            with torch.inference_mode():
+                known_BK, new_BK = (top_k(user_BD, *rows, _TOP, hidden=hidden)[0] for rows in (known, new))
+            # The j-th best new item stands in the top K once it passes the (K - j)-th best known one.
+            width = min(known_BK.shape[1], new_BK.shape[1])
+            needed.append((known_BK[:, -width:].flip(1) - new_BK[:, :width]).flatten())
+        ordered = torch.cat(needed).sort().values
+        share = len(new[1]) / len(self.candidate_V)
+        places = len(users) * min(_TOP, len(self.candidate_V))
+        offset = max(0.0, float(ordered[min(round(share * places), len(ordered) - 1)].nan_to_num(0.0, 0.0, 0.0)))
+        self._offset_V = new_V * offset
+        return offset
 
     def title(self, item: int) -> str | None:
         """The title of an item id."""
@@ -132,7 +167,7 @@ class Recommender:
         *,
         include_seen: bool = False,
         at: int | None = None,
-        before: Literal["test"] | None = None,
+        before: Literal["valid", "test"] | None = None,
     ) -> Iterator[Recommended]:
         """The K best items of everyone who asks, `evaluate.batch_size` of them at a time; memory stays bounded.
 
@@ -143,7 +178,8 @@ class Recommender:
             k: places.
             include_seen: items of the history may be recommended again.
             at: moment of asking, Unix seconds, default now; read only by models whose windows carry the target's time.
-            before: `test`: users of the data are answered as before their last element, at its time.
+            before: `test`: users of the data are answered as before their last element, at its time; `valid`: as
+                before their last but one.
 
         Raises:
             DataError: an unknown user or item (close ones are named), or an empty history.
@@ -193,15 +229,21 @@ class Recommender:
 
     def _answers(self, histories: list[_History], k: int, include_seen: bool) -> Recommended:
         user_BD = self.user_vectors(histories)
-        hidden = None
-        if not include_seen:
-            rows = np.repeat(np.arange(len(histories)), [len(history.items) for history in histories])
-            items = np.concatenate([history.items for history in histories])
-            hidden = torch.from_numpy(rows).to(self.device), torch.from_numpy(items.astype(np.int64)).to(self.device)
+        hidden = None if include_seen else self._seen(histories)
         with torch.inference_mode():
-            score_BK, item_BK = top_k(user_BD, self._candidate_VD, self.candidate_V, k, hidden=hidden)
+            query_BD, rows_VD = user_BD, self._candidate_VD
+            if self._offset_V is not None:  # one more column, times 1
+                query_BD = torch.nn.functional.pad(user_BD, (0, 1), value=1.0)
+                rows_VD = torch.cat([rows_VD, self._offset_V[:, None]], 1)
+            score_BK, item_BK = top_k(query_BD, rows_VD, self.candidate_V, k, hidden=hidden)
             parts = self._parts(user_BD, item_BK)
         return _on_cpu([history.user for history in histories], item_BK, score_BK, parts)
+
+    def _seen(self, histories: Sequence[_History]) -> tuple[Tensor, Tensor]:
+        """Pairs of row and item id of all histories."""
+        rows = np.repeat(np.arange(len(histories)), [len(history.items) for history in histories])
+        items = np.concatenate([history.items for history in histories]).astype(np.int64)
+        return torch.from_numpy(rows).to(self.device), torch.from_numpy(items).to(self.device)
 
     def _parts(self, user_BD: Tensor, item_BK: Tensor) -> dict[str, Tensor]:
         """What each modality adds to the scores of the chosen, [B, K], a few users at a time."""
@@ -224,8 +266,8 @@ class Recommender:
             sequences, user = self.dataset.sequences, self._user[one.user]
             begin, end = sequences.offsets_U1[user : user + 2].tolist()
             at = moment
-            if before == "test":
-                end -= 1
+            if before is not None:
+                end -= {"test": 1, "valid": 2}[before]
                 at = int(sequences.times_N[end])
             items, times = sequences.items_N[begin:end].tolist(), sequences.times_N[begin:end].tolist()
         else:
@@ -308,7 +350,7 @@ def load_recommender(
     run: Run,
     settings: Settings,
     *,
-    new_items: NewItems | None = None,
+    new_items: "NewItems | None" = None,
     candidates: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     reporter: Reporter | None = None,
@@ -320,7 +362,7 @@ def load_recommender(
         run: a finished run.
         settings: the run's, with `evaluate` and `runtime` of the invocation.
         new_items: items never trained on (`mmm4rec_cli.features.new_items`): they are ranked with the known ones,
-            their item bias is zero.
+            their item bias is zero, and `evaluate.new_items` says whether their scores are raised.
         candidates: raw ids that may be recommended, default all.
         exclude: raw ids that may not.
         reporter: told what changed since the run.
@@ -353,9 +395,16 @@ def load_recommender(
             f"(item bias zero), {moved.gone:,} gone"
         )
     try:
-        return Recommender(model, dataset, titles, settings, device, chosen)
+        made = Recommender(model, dataset, titles, settings, device, chosen)
+        if new_items is not None and settings.evaluate.new_items == "fair_share":
+            offset = made.raise_new(len(dataset.raw_item_ids) - len(new_items.raw_ids) + 1)
+            reporter.note(
+                f"evaluate.new_items = fair_share: the scores of new items are raised by {offset:.3f}, which is in "
+                "neither their text nor their image part"
+            )
     except ValueError as error:
         raise RunError(f"run {member.id}: {error}", hint="the run is damaged; train again") from None
+    return made
 
 
 def _titles(workspace: Workspace, dataset: Dataset) -> list[str | None]:
@@ -366,7 +415,7 @@ def _titles(workspace: Workspace, dataset: Dataset) -> list[str | None]:
     return titles
 
 
-def with_new_items(dataset: Dataset, new: NewItems, missing: str) -> Dataset:
+def with_new_items(dataset: Dataset, new: "NewItems", missing: str) -> Dataset:
     """The data set with items behind its own, which keep their ids and their vectors.
 
     Args:

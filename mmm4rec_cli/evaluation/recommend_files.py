@@ -15,6 +15,7 @@ from mmm4rec_cli.errors import DataError, UsageError
 from mmm4rec_cli.evaluation.recommend import SCHEMA, Asked
 from mmm4rec_cli.files import written_whole
 
+_ROWS = 1024
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 _ASKED_HINT = "give .csv, .parquet or .jsonl with a column `user`, or `history` (raw item ids) and optionally `times`"
 
@@ -116,9 +117,11 @@ def _rows(path: Path, wanted: tuple[str, ...], hint: str) -> Iterator[tuple[str,
                 raise DataError(f"{path}: no column {' or '.join(wanted[:2])}", hint=hint)
             number = 0
             for batch in batches:
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
+                # As Python objects rows are large: of a batch of the reader's size only a part at a time.
+                for begin in range(0, len(batch), _ROWS):
+                    for row in batch.slice(begin, _ROWS).to_pylist():
+                        number += 1
+                        yield f"{path}, row {number}", row
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", hint=hint) from None
     except (pa.ArrowException, OSError) as error:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmm4rec_cli.data.dataset import Dataset
 from mmm4rec_cli.data.sequences import Split
+from mmm4rec_cli.errors import UsageError
 from mmm4rec_cli.evaluation.evaluate import RankedSplit
 from mmm4rec_cli.evaluation.metrics import summary
 
@@ -17,6 +18,18 @@ COUNTS = (0, 1, 5, 20, 100)
 """Lower ends of the groups of popularity (interactions of the target that training may see)."""
 MODALITIES = ("neither", "text only", "image only", "text and image")
 SEGMENTS = ("length", "popularity", "modality", "novelty")
+
+
+def kinds_of(text: str) -> list[str]:
+    """The kinds of segments in a comma-separated list, each once.
+
+    Raises:
+        UsageError: one that is not known.
+    """
+    kinds = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if unknown := [kind for kind in kinds if kind not in SEGMENTS]:
+        raise UsageError(f"--by: unknown segments {', '.join(unknown)}", hint=f"choose of {','.join(SEGMENTS)}")
+    return kinds
 
 
 def group_names(lower_ends: tuple[int, ...]) -> list[str]:

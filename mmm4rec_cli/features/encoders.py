@@ -1,8 +1,10 @@
 """Encoders: what turns a text or a picture into a vector. The only importer of transformers.
 
 An encoder has two sides, one for texts and one for pictures. A side is the tower of a joint image-text model (SigLIP,
-CLIP), a model of its own, or the weightless sketch; any text side goes with any image side. All vectors have unit
+CLIP, BLIP), a model of its own, or the weightless sketch; any text side goes with any image side. All vectors have unit
 length. Weights are read from safetensors alone, and no code that comes with a model is ever run.
+
+Each side has two halves: a preparer, which goes through pickle into other processes and knows no weights, and a model.
 
 Sizes: B texts or pictures, T tokens, F feature width.
 """
@@ -11,19 +13,21 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from mmm4rec_cli.errors import DataError, DeviceError, NetworkError, UsageError
+from mmm4rec_cli.features.prepare import Arrays, Pictures, Preparers, Texts
 from mmm4rec_cli.features.sketch import SketchImage, SketchText, normalised
-from mmm4rec_cli.features.store import PRESETS, encoder_name
+from mmm4rec_cli.features.store import PAIRS, PRESETS, Side, encoder_name
 from mmm4rec_cli.files import sha256
 from mmm4rec_cli.reporter import Reporter
 from mmm4rec_cli.settings.schema import FeatureSettings
@@ -39,6 +43,13 @@ class TextEncoder(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the vectors, as JSON; a part of the fingerprint."""
 
+    @property
+    def preparer(self) -> Callable[[Sequence[str]], Arrays]:
+        """Makes texts ready for `stream`; goes through pickle."""
+
+    def stream(self, batches: Iterable[Arrays]) -> Iterator[Floats]:
+        """Unit vectors float32 [B, F] of texts made ready, batch by batch; takes batches ahead where that is faster."""
+
     def texts(self, batch: Sequence[str]) -> Floats:
         """Unit vectors float32 [B, F]; zeros where a text has nothing to go by."""
 
@@ -50,11 +61,18 @@ class ImageEncoder(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the vectors, as JSON; a part of the fingerprint."""
 
+    @property
+    def preparer(self) -> Callable[[Image.Image], Prepared]:
+        """Makes one RGB picture ready for `stream`; goes through pickle."""
+
+    def stream(self, batches: Iterable[Arrays]) -> Iterator[Floats]:
+        """Unit vectors float32 [B, F] of pictures made ready, as `TextEncoder.stream`."""
+
     def prepare(self, image: Image.Image) -> Prepared:
-        """One RGB picture resized and normalised; called from several threads."""
+        """One RGB picture resized and normalised, as its processor does it."""
 
     def images(self, batch: Sequence[Prepared]) -> Floats:
-        """Unit vectors float32 [B, F]."""
+        """Unit vectors float32 [B, F] of pictures from `prepare` or from the preparer."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +84,35 @@ class Encoder:
         text: the text side.
         image: the image side.
         models: the models' ids or folders as they were given; not a part of the identity.
+        on_gpu: whether a model computes on a GPU.
     """
 
     name: str
     text: TextEncoder
     image: ImageEncoder
-    models: dict[str, str]
+    models: dict[Side, str]
+    on_gpu: bool = False
+
+    def batch_size(self, side: Side, settings: FeatureSettings) -> int:
+        """Texts or pictures a call: as set, else what fills the device without filling its memory."""
+        if settings.batch_size != "auto":
+            return settings.batch_size
+        return {"text": 512, "image": 256}[side] if self.on_gpu else 32
+
+    @property
+    def preparers(self) -> Preparers:
+        """What makes each side's jobs ready."""
+        return {"text": Texts(self.text.preparer), "image": Pictures(self.image.preparer)}
+
+    def side(self, side: Side) -> TextEncoder | ImageEncoder:
+        """One of both sides."""
+        return self.text if side == "text" else self.image
+
+    def width(self, side: Side) -> int:
+        """F of one side's vectors."""
+        ready = self.preparers[side](["text"] if side == "text" else [None])
+        assert ready.arrays is not None
+        return int(next(self.side(side).stream([ready.arrays])).shape[1])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -83,7 +124,8 @@ def load_encoder(settings: FeatureSettings, device: str, reporter: Reporter) -> 
     """Load both sides of the encoder that the settings name, from the disk or from the Hugging Face hub.
 
     Args:
-        settings: `encoder`, `text_model`, `image_model`, `text_pooling` and `max_text_length` are looked at.
+        settings: `encoder`, `text_model`, `image_model`, `text_pooling`, `max_text_length`, `precision`
+            and `batch_size` are looked at.
         device: auto, cpu, cuda or cuda:N.
         reporter: hears what the user should know about the choice.
 
@@ -93,15 +135,13 @@ def load_encoder(settings: FeatureSettings, device: str, reporter: Reporter) -> 
         DeviceError: no such device.
         NetworkError: the model is not on the disk and the hub does not answer.
     """
-    joint = joint_model(settings)
-    sources = {
-        "text": PRESETS.get(settings.text_model, settings.text_model) if settings.text_model else joint,
-        "image": PRESETS.get(settings.image_model, settings.image_model) if settings.image_model else joint,
-    }
+    sources = model_sources(settings)
     if None in sources.values():
         reporter.warn("encoder sketch: hashed words and histograms, made for demos and tests, not for research")
     loaded = {
-        source: _Loaded(source, device, reporter) for source in dict.fromkeys(sources.values()) if source is not None
+        source: _Loaded(source, device, settings.precision, reporter)
+        for source in dict.fromkeys(sources.values())
+        if source is not None
     }
     text_source, image_source = sources["text"], sources["image"]
     text: TextEncoder = SketchText()
@@ -111,27 +151,35 @@ def load_encoder(settings: FeatureSettings, device: str, reporter: Reporter) -> 
     if image_source is not None:
         image = _Image(loaded[image_source])
     models = {side: source or "sketch" for side, source in sources.items()}
-    return Encoder(encoder_name(settings), text, image, models)
+    on_gpu = any(one.device.type == "cuda" for one in loaded.values())
+    return Encoder(encoder_name(settings), text, image, models, on_gpu)
 
 
-def joint_model(settings: FeatureSettings) -> str | None:
-    """The id or folder of the model that serves the sides without one of their own; None for the sketch.
+def model_sources(settings: FeatureSettings) -> dict[Side, str | None]:
+    """The id or folder of each side's model; None for the sketch.
 
     Raises:
         UsageError: no such encoder.
     """
     name = settings.encoder
-    if name in PRESETS:
-        return PRESETS[name]
-    if "/" in name or "\\" in name or Path(name).is_dir():
-        return name
-    if settings.text_model and settings.image_model:
-        return name
-    raise UsageError(
-        f"features.encoder={name}: no such encoder",
-        hint=f"take one of {', '.join(PRESETS)}, a Hugging Face id (owner/name), a folder, "
-        "or --text-model with --image-model",
-    )
+    sides: tuple[str | None, str | None]
+    if name in PAIRS:
+        sides = PAIRS[name]
+    elif name in PRESETS:
+        sides = PRESETS[name], PRESETS[name]
+    elif "/" in name or "\\" in name or Path(name).is_dir() or (settings.text_model and settings.image_model):
+        sides = name, name
+    else:
+        raise UsageError(
+            f"features.encoder={name}: no such encoder",
+            hint=f"take one of {', '.join([*PRESETS, *PAIRS])}, a Hugging Face id (owner/name), a folder, "
+            "or --text-model with --image-model",
+        )
+    text, image = settings.text_model, settings.image_model
+    return {
+        "text": PRESETS.get(text, text) if text else sides[0],
+        "image": PRESETS.get(image, image) if image else sides[1],
+    }
 
 
 @contextmanager
@@ -251,31 +299,45 @@ def torch_device(name: str) -> Any:
     return device
 
 
+_RETRIEVAL = {"BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval"}
+"""Joint models whose trained projections AutoModel would drop; which class a folder holds, its config says."""
+
+
 class _Loaded:
     """A model on its device, once for both sides if it is joint."""
 
-    def __init__(self, source: str, device: str, reporter: Reporter) -> None:
+    def __init__(self, source: str, device: str, precision: str, reporter: Reporter) -> None:
         import torch
+        import transformers
         from safetensors import SafetensorError
-        from transformers import AutoModel
 
         self.source = source
         self.device = torch_device(device)
+        self.precision = precision
         self.folder = model_folder(source, reporter)
         hashes = [sha256(path) for path in _weights(self.folder)]
         self.weights = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        self._reporter = reporter
+        self._most: int | None = None
         try:
             with _quiet():
-                model, report = AutoModel.from_pretrained(
+                config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+                name = next((name for name in config.architectures or () if name in _RETRIEVAL), "AutoModel")
+                model, report = getattr(transformers, name).from_pretrained(
                     self.folder,
-                    dtype=torch.float32,
+                    dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
                     use_safetensors=True,
                     trust_remote_code=False,
                     output_loading_info=True,
                 )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{source}: not a model that can be loaded ({reason})", hint="name another model") from None
+            hint = "name another model"
+            if (self.folder / "open_clip_config.json").is_file():
+                hint = (
+                    "it is laid out for open_clip: convert it once to a SiglipModel or CLIPModel, and name that folder"
+                )
+            raise DataError(f"{source}: not a model that can be loaded ({reason})", hint=hint) from None
         missing = {str(key) for key in report["missing_keys"]}
         self.has_pooler = not any("pooler" in key for key in missing)
         lacking = sorted(key for key in missing if "pooler" not in key)
@@ -284,27 +346,160 @@ class _Loaded:
                 f"{source}: {len(lacking)} of the model's weights are not in the file, {lacking[0]} the first",
                 hint="name a folder or id with complete weights",
             )
-        self.model: Any = model.to(self.device).eval()
+        try:
+            self.model: Any = model.to(self.device).eval()
+        except torch.OutOfMemoryError:
+            raise self._out_of_memory() from None
         self.config: Any = model.config
+        # some models keep parts of themselves in float32 whatever is asked for
+        self._mixed = len({one.dtype for one in model.parameters()}) > 1
+        on_gpu = self.device.type == "cuda"
+        self._copies: Any = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
-    def run(self, call: Any, inputs: Mapping[str, Any]) -> Any:
-        """Call the model without gradients; running out of memory is the user's error."""
+    @property
+    def numbers(self) -> str:
+        """The number format of the arithmetic, as the identity names it; TF32 is the GPU's alone."""
+        return {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}[self.precision]
+
+    def stream(self, batches: Iterable[Arrays], vectors: Callable[[dict[str, Any]], Any]) -> Iterator[Floats]:
+        """Unit vectors float32 [B, F] of each batch, in order.
+
+        On a GPU two batches are queued before the first is waited for, so that neither side idles. When memory runs
+        out, the batch is halved, and stays so.
+
+        Args:
+            batches: arrays [B, …] by name.
+            vectors: from tensors on the device to [B, F].
+
+        Raises:
+            DeviceError: out of memory even for one.
+        """
+        queued: deque[list[tuple[Any, Any]]] = deque()
+        for batch in batches:
+            queued.append(self._started(batch, vectors))
+            if len(queued) > (2 if self._copies is not None else 0):
+                yield self._finished(queued.popleft())
+        while queued:
+            yield self._finished(queued.popleft())
+
+    def one(self, batch: Arrays, vectors: Callable[[dict[str, Any]], Any]) -> Floats:
+        """Unit vectors float32 [B, F] of one batch."""
+        return next(self.stream([batch], vectors))
+
+    def _started(self, batch: Arrays, vectors: Callable[[dict[str, Any]], Any]) -> list[tuple[Any, Any]]:
+        """The answers to one batch, in pieces, each with the event that tells when it is there (None: it is)."""
         import torch
 
+        tensors = {key: torch.as_tensor(value) for key, value in batch.items()}
+        n = len(next(iter(tensors.values())))
+        pieces: list[tuple[Any, Any]] = []
+        start = 0
+        while start < n:
+            stop = min(n, start + (self._most or n))
+            try:
+                pieces.append(self._answer({key: value[start:stop] for key, value in tensors.items()}, vectors))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
+                if stop - start == 1:
+                    raise self._out_of_memory() from None
+                if self._most is None:
+                    self._reporter.note(
+                        f"{self.source}: out of memory on {self.device} with {stop - start} at once; the batch is "
+                        "halved until it fits (set features.batch_size to begin lower)"
+                    )
+                self._most = (stop - start + 1) // 2
+            else:
+                start = stop
+                continue
+            # outside the handler, where the failed call holds nothing any more
+            if self._copies is not None:
+                torch.cuda.empty_cache()
+        return pieces
+
+    def _answer(self, inputs: dict[str, Any], vectors: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
+        import torch
+
+        with torch.inference_mode(), self._arithmetic():
+            if self._copies is None:
+                return self._checked(vectors(inputs)).float(), None
+            computing = torch.cuda.current_stream(self.device)
+            with torch.cuda.stream(self._copies):
+                there = {key: _pinned(value).to(self.device, non_blocking=True) for key, value in inputs.items()}
+            computing.wait_stream(self._copies)
+            for value in there.values():
+                value.record_stream(computing)
+            with torch.cuda.device(self.device):
+                answer = self._checked(vectors(there)).float()
+                here = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
+                here.copy_(answer, non_blocking=True)
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record(computing)
+            return here, done
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        import torch
+
+        before = torch.get_float32_matmul_precision()
+        fast = self.precision == "tf32"
+        torch.set_float32_matmul_precision("high" if fast else "highest")
         try:
-            with torch.inference_mode():
-                return call(**{key: value.to(self.device) for key, value in inputs.items()})
-        except torch.OutOfMemoryError:
-            raise DeviceError(
-                f"{self.source}: out of memory on {self.device}",
-                hint="halve the batch with --set features.batch_size=…",
-            ) from None
+            with (
+                torch.backends.cudnn.flags(enabled=True, allow_tf32=fast),
+                torch.autocast(
+                    self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16" and self._mixed
+                ),
+            ):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def _checked(self, vectors: Any) -> Any:
+        if vectors is None or vectors.ndim != 2:
+            raise UsageError(f"{self.source}: gives no single vector", hint="name another model for this side")
+        return vectors
+
+    @staticmethod
+    def _finished(pieces: list[tuple[Any, Any]]) -> Floats:
+        for _, done in pieces:
+            if done is not None:
+                done.synchronize()
+        return normalised(np.concatenate([answer.numpy() for answer, _ in pieces]))
+
+    def _out_of_memory(self) -> DeviceError:
+        return DeviceError(
+            f"{self.source}: out of memory on {self.device}, even for one text or picture at a time",
+            hint="free the device's memory, take --device cpu, or try --set features.precision=bf16",
+        )
+
+
+def _pinned(tensor: Any) -> Any:
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 def _vectors(output: Any) -> Any:
     """The [B, F] tensor of a joint model's answer, which older releases give bare."""
-    tensor = getattr(output, "pooler_output", output)
-    return tensor if getattr(tensor, "ndim", 0) == 2 else None
+    return getattr(output, "pooler_output", output)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Texts to tokens [B, T]; goes through pickle."""
+
+    tokenizer: Any
+    length: int
+    siglip: bool
+
+    def __call__(self, batch: Sequence[str]) -> Arrays:
+        tokens = self.tokenizer(
+            [text.lower() for text in batch] if self.siglip else list(batch),
+            padding="max_length" if self.siglip else True,
+            truncation=True,
+            max_length=self.length,
+            return_tensors="np",
+        )
+        return {key: value for key, value in tokens.items() if not (self.siglip and key == "attention_mask")}
 
 
 class _Text:
@@ -315,17 +510,17 @@ class _Text:
 
         self._loaded = loaded
         model, source = loaded.model, loaded.source
-        self._joint = hasattr(model, "get_text_features")
+        self._joint = hasattr(model, "get_text_features") or type(model).__name__ in _RETRIEVAL
         if not self._joint and (hasattr(model, "get_image_features") or _sees(loaded.config)):
             raise UsageError(f"{source}: a model without a text side", hint="name a text model with --text-model")
         try:
             with _quiet():
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(loaded.folder, trust_remote_code=False)
+                tokenizer: Any = AutoTokenizer.from_pretrained(loaded.folder, trust_remote_code=False)
         except (OSError, ValueError, ImportError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{source}: its tokenizer cannot be loaded ({reason})", hint="name another model") from None
         # without its files some tokenizers load all the same, and know no word
-        files = {"tokenizer.json", *self._tokenizer.vocab_files_names.values()}
+        files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
         if not any((loaded.folder / name).is_file() for name in files):
             raise DataError(
                 f"{source}: no tokenizer there ({', '.join(sorted(files))})",
@@ -333,73 +528,108 @@ class _Text:
             )
         # SigLIP (1 and 2) saw lower-case texts, padded on the right to their full length, without a mask, and reads
         # its last place; the tokenizer files of SigLIP 2 do not all say so
-        self._siglip = str(loaded.config.model_type).startswith("siglip")
-        if self._siglip:
-            self._tokenizer.padding_side = "right"
-        text_config = getattr(loaded.config, "text_config", loaded.config)
+        siglip = str(loaded.config.model_type).startswith("siglip")
+        if siglip:
+            tokenizer.padding_side = "right"
+        text_config = getattr(loaded.config, "qformer_config", getattr(loaded.config, "text_config", loaded.config))
         places = int(getattr(text_config, "max_position_embeddings", max_length))
         if text_config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"}:
             places -= int(text_config.pad_token_id) + 1  # their positions are counted from behind the padding id
-        self._length = min(max_length, places)
-        if self._length < max_length:
+        length = min(max_length, places)
+        if length < max_length:
             reporter.note(f"{source} takes {places} tokens at most: texts are cut to that")
-        self._mean = pooling == "mean" and not self._joint
-        if not self._joint and not self._mean:
-            if not (loaded.has_pooler and self._pooled_width()):
-                raise UsageError(
-                    f"features.text_pooling=pooled: {source} has no trained pooled output",
-                    hint="take the mean over its tokens: --set features.text_pooling=mean",
-                )
-            if _wants_mean(loaded.folder):
-                reporter.warn(
-                    f"{source} was trained for the mean over its tokens: set features.text_pooling=mean to use it so"
-                )
+        self._tokens = _Tokens(tokenizer, length, siglip)
+        self._pooling = "joint" if self._joint else self._chosen(pooling, reporter)
+
+    def _chosen(self, pooling: str, reporter: Reporter) -> str:
+        """How the tokens of a model of its own become one vector."""
+        source, trained = self._loaded.source, _sentence_pooling(self._loaded.folder)
+        if pooling in {"mean", "cls"}:
+            return pooling
+        if pooling == "auto" and trained is not None:
+            reporter.note(f"{source}: a sentence-transformers model; a text's vector is its {trained} over the tokens")
+            return trained
+        if self._loaded.has_pooler and self._pooled_width():
+            if trained is not None:
+                reporter.warn(f"{source} was trained for {trained}: set features.text_pooling=auto to use it so")
+            return "pooled"
+        if pooling == "auto":
+            reporter.note(f"{source} has no trained pooled output: a text's vector is the mean over its tokens")
+            return "mean"
+        raise UsageError(
+            f"features.text_pooling=pooled: {source} has no trained pooled output",
+            hint="take the mean over its tokens: --set features.text_pooling=mean",
+        )
 
     def _pooled_width(self) -> int:
-        pooled = getattr(self._loaded.run(self._loaded.model, self._tokens(["a"])), "pooler_output", None)
-        return 0 if pooled is None else int(pooled.shape[-1])
+        widths: list[int] = []
 
-    def _tokens(self, batch: Sequence[str]) -> dict[str, Any]:
-        tokens = self._tokenizer(
-            [text.lower() for text in batch] if self._siglip else list(batch),
-            padding="max_length" if self._siglip else True,
-            truncation=True,
-            max_length=self._length,
-            return_tensors="pt",
-        )
-        return {key: value for key, value in tokens.items() if not (self._siglip and key == "attention_mask")}
+        def look(inputs: dict[str, Any]) -> Any:
+            output = self._loaded.model(**inputs)
+            pooled = getattr(output, "pooler_output", None)
+            widths.append(0 if pooled is None else int(pooled.shape[-1]))
+            return output.last_hidden_state[:, 0]
+
+        self._loaded.one(self._tokens(["a"]), look)
+        return widths[0]
+
+    @property
+    def preparer(self) -> Callable[[Sequence[str]], Arrays]:
+        """Tokens of some texts."""
+        return self._tokens
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the vectors."""
-        vocabulary = json.dumps(sorted(self._tokenizer.get_vocab().items()))
+        tokens = self._tokens
+        vocabulary = json.dumps(sorted(tokens.tokenizer.get_vocab().items()))
         return {
             "model": type(self._loaded.model).__name__,
             "weights": self._loaded.weights,
-            "tokenizer": type(self._tokenizer).__name__,
+            "tokenizer": type(tokens.tokenizer).__name__,
             "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
-            "max_length": self._length,
-            "padding": "max_length" if self._siglip else "longest, masked",
-            "case": "lower" if self._siglip else "the tokenizer's",
-            "pooling": "joint" if self._joint else "mean" if self._mean else "pooled",
+            "max_length": tokens.length,
+            "padding": "max_length" if tokens.siglip else "longest, masked",
+            "case": "lower" if tokens.siglip else "the tokenizer's",
+            "pooling": self._pooling,
             "normalised": True,
-            "dtype": "float32",
+            "dtype": self._loaded.numbers,
         }
+
+    def stream(self, batches: Iterable[Arrays]) -> Iterator[Floats]:
+        """Unit vectors float32 [B, F] of each batch of tokens."""
+        return self._loaded.stream(batches, self._pooled)
 
     def texts(self, batch: Sequence[str]) -> Floats:
         """Unit vectors float32 [B, F]."""
-        tokens = self._tokens(batch)
+        return self._loaded.one(self._tokens(batch), self._pooled)
+
+    def _pooled(self, tokens: dict[str, Any]) -> Any:
         model = self._loaded.model
-        output = self._loaded.run(model.get_text_features if self._joint else model, tokens)
-        if self._mean:
-            states_BTF = output.last_hidden_state
-            mask_BT1 = tokens["attention_mask"].to(states_BTF.device).unsqueeze(-1).to(states_BTF.dtype)
-            vectors = (states_BTF * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
-        else:
-            vectors = _vectors(output)
-        if vectors is None:
-            raise UsageError(f"{self._loaded.source}: gives no vector a text", hint="name another text model")
-        return normalised(vectors.cpu().numpy())
+        if type(model).__name__ == "BlipForImageTextRetrieval":
+            return model.text_proj(model.text_encoder(**_known(tokens)).last_hidden_state[:, 0])
+        if type(model).__name__ == "Blip2ForImageTextRetrieval":
+            states = model.qformer(
+                query_embeds=model.embeddings(input_ids=tokens["input_ids"]),
+                query_length=0,
+                attention_mask=tokens["attention_mask"],
+            ).last_hidden_state
+            return model.text_projection(states[:, 0].to(model.text_projection.weight.dtype))
+        if self._joint:
+            return _vectors(model.get_text_features(**tokens))
+        output = model(**tokens)
+        if self._pooling == "pooled":
+            return output.pooler_output
+        states_BTF = output.last_hidden_state
+        if self._pooling == "cls":
+            return states_BTF[:, 0]
+        mask_BT1 = tokens["attention_mask"].unsqueeze(-1)
+        return (states_BTF.float() * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+
+
+def _known(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """What a BLIP text tower takes of a BERT tokenizer's answer."""
+    return {key: value for key, value in tokens.items() if key in {"input_ids", "attention_mask"}}
 
 
 def _sees(config: Any) -> bool:
@@ -407,16 +637,48 @@ def _sees(config: Any) -> bool:
     return hasattr(config, "image_size") or hasattr(config, "num_channels")
 
 
-def _wants_mean(folder: Path) -> bool:
-    """Whether a sentence-transformers model says that it was trained with the mean over its tokens."""
+def _sentence_pooling(folder: Path) -> Literal["mean", "cls"] | None:
+    """How a sentence-transformers model says that it was trained; None for other models and other ways."""
     path = folder / "1_Pooling" / "config.json"
-    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens"))
+    if not path.is_file():
+        return "mean" if (folder / "modules.json").is_file() else None
+    try:
+        pooling = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise DataError(f"{path}: not JSON", hint="fetch the model anew, or set features.text_pooling") from None
+    if pooling.get("pooling_mode_mean_tokens") or pooling.get("pooling_mode") == "mean":
+        return "mean"
+    return "cls" if pooling.get("pooling_mode_cls_token") or pooling.get("pooling_mode") == "cls" else None
 
 
 _PROCESSING = [
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_pad", "patch_size", "max_num_patches"),
 ]
+
+
+@dataclass(frozen=True)
+class _Processed:
+    """One picture to the arrays that the model takes; goes through pickle."""
+
+    processor: Any
+    options: Mapping[str, bool]
+
+    def __call__(self, image: Image.Image) -> Prepared:
+        processed = self.processor(images=[image], return_tensors="np", **self.options)
+        return {key: np.asarray(value)[0] for key, value in processed.items()}
+
+
+@dataclass(frozen=True)
+class _Resized:
+    """What a processor that squeezes pictures to one size does to their bytes, without its detour through numpy."""
+
+    size: tuple[int, int]
+    resample: Any
+
+    def __call__(self, image: Image.Image) -> Prepared:
+        pixels = np.asarray(image.resize(self.size, self.resample))
+        return {"pixel_values": np.ascontiguousarray(pixels.transpose(2, 0, 1))}
 
 
 class _Image:
@@ -428,7 +690,8 @@ class _Image:
 
         self._loaded = loaded
         source = loaded.source
-        self._joint = hasattr(loaded.model, "get_image_features")
+        name = type(loaded.model).__name__
+        self._joint = hasattr(loaded.model, "get_image_features") or name in _RETRIEVAL
         if not self._joint and not _sees(loaded.config):
             raise UsageError(f"{source}: a model without an image side", hint="name an image model with --image-model")
         try:
@@ -444,9 +707,62 @@ class _Image:
             raise DataError(
                 f"{source}: {type(self._processor).__name__} does not work on Pillow alone", hint="name another model"
             )
-        white = self._inputs([self.prepare(Image.new("RGB", (32, 32), "white"))])
-        pooled = None if self._joint else getattr(loaded.run(loaded.model, white), "pooler_output", None)
-        self._pooled = loaded.has_pooler and pooled is not None
+        self._whole = _Processed(self._processor, {})
+        self._levels, self._bytes = self._shortcut()
+        self._on_device: Any = None
+        self._pooled = loaded.has_pooler
+        if not self._joint:
+            pooled: list[bool] = []
+
+            def look(inputs: dict[str, Any]) -> Any:
+                output = loaded.model(**inputs)
+                pooled.append(getattr(output, "pooler_output", None) is not None)
+                return output.last_hidden_state.flatten(1)
+
+            loaded.one(self._stacked([self.prepare(Image.new("RGB", (32, 32), "white"))]), look)
+            self._pooled = self._pooled and pooled[0]
+
+    def _shortcut(self) -> tuple[Floats | None, Callable[[Image.Image], Prepared]]:
+        """What the processor makes of each of the 256 levels of each channel, float32 [3, 256], and what gives bytes.
+
+        With both the processes hand over bytes, a quarter of the memory, and the device looks the rest up. Whether a
+        processor does no more than that is tried out on pictures of noise: only equal bits count, else its own way is
+        taken. (A JPEG decoded at reduced size gives other pixels, so that is never done.)
+        """
+        still = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+        rng = np.random.default_rng(0)
+        shapes = ((61, 83, 3), (700, 517, 3), (40, 900, 3))
+        pictures = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+        ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
+        try:
+            levels = _Processed(self._processor, still)(ramp)["pixel_values"]
+        except (ValueError, KeyError, TypeError, IndexError):
+            return None, self._whole
+        if levels.shape != (3, 1, 256):
+            return None, self._whole
+        table: Floats = np.ascontiguousarray(levels[:, 0], dtype=np.float32)
+
+        def same(way: Callable[[Image.Image], Prepared]) -> bool:
+            for picture in pictures:
+                whole, given = self._whole(picture), way(picture)
+                if set(whole) != {"pixel_values"} or given["pixel_values"].dtype != np.uint8:
+                    return False
+                if not np.array_equal(_looked_up(table, given["pixel_values"]), whole["pixel_values"]):
+                    return False
+            return True
+
+        size = getattr(self._processor, "size", None)
+        if size is not None and size.height and size.width:
+            direct = _Resized((size.width, size.height), self._processor.resample)
+            if same(direct):
+                return table, direct
+        as_bytes = _Processed(self._processor, {"do_rescale": False, "do_normalize": False})
+        return (table, as_bytes) if same(as_bytes) else (None, self._whole)
+
+    @property
+    def preparer(self) -> Callable[[Image.Image], Prepared]:
+        """One picture as bytes where the device can do the rest, else as `prepare`."""
+        return self._bytes
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -460,34 +776,50 @@ class _Image:
             "transparency": "on white",
             "pooling": "joint" if self._joint else "pooled" if self._pooled else "mean",
             "normalised": True,
-            "dtype": "float32",
+            "dtype": self._loaded.numbers,
         }
 
     def prepare(self, image: Image.Image) -> Prepared:
         """One picture as the arrays that the model takes."""
-        processed = self._processor(images=[image], return_tensors="np")
-        return {key: np.asarray(value)[0] for key, value in processed.items()}
+        return self._whole(image)
 
     @staticmethod
-    def _inputs(batch: Sequence[Prepared]) -> dict[str, Any]:
-        import torch
+    def _stacked(batch: Sequence[Prepared]) -> Arrays:
+        return {key: np.stack([one[key] for one in batch]) for key in batch[0]}
 
-        return {key: torch.from_numpy(np.stack([one[key] for one in batch])) for key in batch[0]}
+    def stream(self, batches: Iterable[Arrays]) -> Iterator[Floats]:
+        """Unit vectors float32 [B, F] of each batch of pictures made ready."""
+        return self._loaded.stream(batches, self._seen)
 
     def images(self, batch: Sequence[Prepared]) -> Floats:
         """Unit vectors float32 [B, F]."""
-        inputs = self._inputs(batch)
+        return self._loaded.one(self._stacked(batch), self._seen)
+
+    def _seen(self, inputs: dict[str, Any]) -> Any:
+        import torch
+
         model = self._loaded.model
-        output = self._loaded.run(model.get_image_features if self._joint else model, inputs)
+        pixels = inputs["pixel_values"]
+        if pixels.dtype == torch.uint8:
+            if self._on_device is None:
+                self._on_device = torch.from_numpy(self._levels).to(pixels.device)
+            pixels = _looked_up(self._on_device, pixels.int())
+        inputs = inputs | {"pixel_values": pixels.to(model.dtype)}
+        if type(model).__name__ == "BlipForImageTextRetrieval":
+            return model.vision_proj(model.vision_model(**inputs).last_hidden_state[:, 0])
+        if type(model).__name__ == "Blip2ForImageTextRetrieval":
+            # a picture has one vector a query; their mean stands for it
+            states = model.vision_model(**inputs).last_hidden_state
+            queries = model.query_tokens.expand(len(states), -1, -1)
+            answers = model.qformer(query_embeds=queries, encoder_hidden_states=states).last_hidden_state
+            projected = model.vision_projection(answers.to(model.vision_projection.weight.dtype))
+            return torch.nn.functional.normalize(projected.float(), dim=-1).mean(1)
         if self._joint:
-            vectors = _vectors(output)
-        elif self._pooled:
-            vectors = output.pooler_output.flatten(1)
-        else:
-            vectors = self._mean(output.last_hidden_state, inputs)
-        if vectors is None:
-            raise UsageError(f"{self._loaded.source}: gives no vector a picture", hint="name another image model")
-        return normalised(vectors.cpu().numpy())
+            return _vectors(model.get_image_features(**inputs))
+        output = model(**inputs)
+        if self._pooled:
+            return output.pooler_output.flatten(1)
+        return self._mean(output.last_hidden_state, inputs)
 
     def _mean(self, states: Any, inputs: Mapping[str, Any]) -> Any:
         """The mean over the patches of [B, patches, F] or [B, F, height, width]; class tokens stay out."""
@@ -499,3 +831,13 @@ class _Image:
             patches = (height // patch) * (width // patch)
             states = states[:, max(0, states.shape[1] - patches) :]
         return states.mean(1)
+
+
+def _looked_up(table: Any, pixels: Any) -> Any:
+    """Levels [3, H, W] or [B, 3, H, W] through a table [3, 256], in numpy or torch."""
+    channels = [table[channel][pixels[..., channel, :, :]] for channel in range(3)]
+    if isinstance(table, np.ndarray):
+        return np.stack(channels, axis=-3)
+    import torch
+
+    return torch.stack(channels, dim=-3)

@@ -4,7 +4,7 @@ Nothing is fitted to a catalogue, so a text or a picture gets the same vector in
 on one domain carries over to another. Sizes: B texts, 128 wide for texts, 96 wide for pictures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,18 @@ class SketchText:
         projection = GaussianRandomProjection(n_components=self.width, random_state=self.seed)
         return projection.fit(np.zeros((1, self.hashes)))
 
+    @property
+    def preparer(self) -> Callable[[Sequence[str]], Mapping[str, Any]]:
+        """The whole work; `stream` passes it on."""
+        return self._prepared
+
+    def _prepared(self, batch: Sequence[str]) -> dict[str, Any]:
+        return {"vector": self.texts(batch)}
+
+    def stream(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Floats]:
+        """Unit vectors float32 [B, 128] of each batch."""
+        return (np.asarray(batch["vector"]) for batch in batches)
+
     def texts(self, batch: Sequence[str]) -> Floats:
         """Unit vectors float32 [B, 128]; a text without a word to go by gets zeros."""
         return normalised(self._projection.transform(self._vectorizer.transform(batch)))
@@ -84,6 +96,15 @@ class SketchImage:
         total = edges.sum()
         edges = np.sqrt(edges / total) if total > 0 else edges
         return {"vector": np.concatenate([colour, edges])}
+
+    @property
+    def preparer(self) -> Callable[[Image.Image], dict[str, npt.NDArray[Any]]]:
+        """`prepare`."""
+        return self.prepare
+
+    def stream(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Floats]:
+        """Unit vectors float32 [B, 96] of each batch."""
+        return (normalised(np.asarray(batch["vector"])) for batch in batches)
 
     def images(self, batch: Sequence[Mapping[str, npt.NDArray[Any]]]) -> Floats:
         """Unit vectors float32 [B, 96] of prepared pictures."""

@@ -4,6 +4,8 @@ A file is `data/features/<domain>/<encoder>.parquet` with the columns
 
 - `item_id` int32, 1 to the number of items, in order,
 - `text` and `image`, fixed-size lists of float32 or float16, null where the item has none,
+- where an encoder of ours made them, `text_sha256` and `image_sha256`: what each vector was made of (null where there
+  is none), by which vectors are found again when the catalogue grows,
 
 and, as JSON under the key `mmm4rec` of the Parquet metadata, a document with `format`, `encoder` (its name),
 `identity` (what decides which vector a text or a picture gets: models with the hash of their weights, preprocessing),
@@ -14,7 +16,8 @@ was encoded).
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,10 +43,23 @@ PRESETS: dict[str, str | None] = {
     "siglip": "google/siglip-base-patch16-224",
     "siglip2": "google/siglip2-base-patch16-224",
     "clip": "openai/clip-vit-base-patch32",
+    "blip": "Salesforce/blip-itm-base-coco",
+    "blip2": "Salesforce/blip2-itm-vit-g",
+    "fashion-siglip": "Marqo/marqo-fashionSigLIP",
     "sketch": None,
 }
 """Encoders by short name: the Hugging Face id of a joint image-text model, None where no weights are needed."""
 
+PAIRS: dict[str, tuple[str, str]] = {
+    "siglip+roberta": ("FacebookAI/roberta-base", "google/siglip-base-patch16-224"),
+    "clip+bert": ("google-bert/bert-base-uncased", "openai/clip-vit-base-patch32"),
+}
+"""Encoders by short name whose sides are two models: the ids of the text model and of the image model."""
+
+HASHES = {TEXT: "text_sha256", IMAGE: "image_sha256"}
+"""Columns that say what a vector was made of."""
+
+Side = Literal["text", "image"]
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
@@ -97,19 +113,26 @@ def encoder_name(settings: FeatureSettings) -> str:
     encoder = model_slug(settings.encoder)
     if settings.text_model is None and settings.image_model is None:
         return encoder
-    if settings.text_model and settings.image_model and encoder == settings.encoder and encoder not in PRESETS:
+    if (
+        settings.text_model
+        and settings.image_model
+        and encoder == settings.encoder
+        and encoder not in {*PRESETS, *PAIRS}
+    ):
         return encoder
     sides = (model_slug(side) if side else encoder for side in (settings.text_model, settings.image_model))
     return "+".join(sides)
 
 
-def _column(vectors: npt.NDArray[Any], present: Mask, dtype: Literal["float32", "float16"]) -> pa.Array:
+def _column(vectors: npt.NDArray[Any], present: Mask, dtype: Literal["float32", "float16"], first: int) -> pa.Array:
+    """Vectors [n, F] and their presence [n] as they are stored; row 0 belongs to item id `first`."""
     with np.errstate(over="ignore"):  # what overflows is found and said below
         stored = np.where(present[:, None], vectors, 0).astype(dtype)
     if not np.isfinite(stored).all():
         rows = np.flatnonzero(~np.isfinite(stored).all(axis=1))
         raise DataError(
-            f"{len(rows)} vectors hold NaN or infinite numbers as {dtype}; the first belongs to item id {rows[0] + 1}",
+            f"{len(rows)} vectors hold NaN or infinite numbers as {dtype}; the first belongs to item id "
+            f"{rows[0] + first}",
             hint="mend the vectors" if dtype == "float32" else "store them with --set features.dtype=float32",
         )
     return pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1], mask=pa.array(~present))
@@ -145,8 +168,44 @@ def write_features(
     Raises:
         DataError: a vector holds NaN or an infinite number (in float16: is too large for it).
     """
-    n = len(has_text)
-    assert len(text) == len(image) == len(has_image) == n
+    widths = text.shape[1], image.shape[1]
+    with features_file(
+        path, widths=widths, encoder=encoder, identity=identity, catalogue=catalogue, source=source, dtype=dtype
+    ) as write:
+        write({TEXT: (text, has_text), IMAGE: (image, has_image)})
+
+
+Vectors = tuple[npt.NDArray[Any], Mask]
+"""[n, F] and, bool [n], which of them are there."""
+
+
+@contextmanager
+def features_file(
+    path: Path,
+    *,
+    widths: tuple[int, int],
+    encoder: str,
+    identity: Mapping[str, Any],
+    catalogue: str,
+    source: Mapping[str, Any],
+    dtype: Literal["float32", "float16"] = "float32",
+    hashed: bool = False,
+) -> Iterator[Callable[..., None]]:
+    """Write a features file slice by slice, whole or not at all, without ever holding all of it.
+
+    Gives a function that takes the next items' vectors, by `text` and `image`, and, where `hashed`, by the same keys
+    what each vector was made of: 32 bytes, or None for an item without one.
+
+    Args:
+        path: where to.
+        widths: F of the text and of the image vectors.
+        encoder: as in `write_features`, like the others.
+        identity: what decides the vector of a text or picture.
+        catalogue: SHA-256 over the raw item ids.
+        source: what was encoded.
+        dtype: number format of the stored vectors.
+        hashed: the file gets the columns of HASHES.
+    """
     document = {
         "format": FORMAT,
         "encoder": encoder,
@@ -155,14 +214,48 @@ def write_features(
         "catalogue": catalogue,
         "source": dict(source),
     }
-    columns = {
-        ITEM_ID: pa.array(np.arange(1, n + 1, dtype=np.int32)),
-        TEXT: _column(text, has_text, dtype),
-        IMAGE: _column(image, has_image, dtype),
-    }
-    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(document, ensure_ascii=False)})
-    with written_whole(path) as part:
-        pq.write_table(table, part, compression="zstd", use_dictionary=False)
+    number = pa.float16() if dtype == "float16" else pa.float32()
+    fields = [pa.field(ITEM_ID, pa.int32())]
+    fields += [pa.field(side, pa.list_(number, width)) for side, width in zip((TEXT, IMAGE), widths, strict=True)]
+    fields += [pa.field(name, pa.binary(32)) for name in HASHES.values() if hashed]
+    schema = pa.schema(fields, {_KEY: json.dumps(document, ensure_ascii=False)})
+    with (
+        written_whole(path) as part,
+        pq.ParquetWriter(part, schema, compression="zstd", use_dictionary=False) as file,
+    ):
+        first = 1
+
+        def write(vectors: Mapping[str, Vectors], hashes: Mapping[str, Sequence[bytes | None]] | None = None) -> None:
+            nonlocal first
+            n = len(vectors[TEXT][1])
+            columns = [pa.array(np.arange(first, first + n, dtype=np.int32))]
+            columns += [_column(*vectors[side], dtype, first) for side in (TEXT, IMAGE)]
+            columns += [pa.array(hashes[side], pa.binary(32)) for side in HASHES if hashes is not None]
+            file.write_table(pa.table(columns, schema=schema))
+            first += n
+
+        yield write
+
+
+def known_inputs(path: Path, side: Side) -> Iterator[tuple[list[bytes | None], Floats]]:
+    """What a features file's vectors were made of and, float32 [n, F], the vectors, a slice after the other.
+
+    Rows without a vector have the key None. A file without these columns gives nothing.
+    """
+    with pq.ParquetFile(path) as file:
+        if HASHES[side] not in file.schema_arrow.names:
+            return
+        for batch in file.iter_batches(4096, columns=[side, HASHES[side]]):
+            vectors, present = scattered(batch.column(side))
+            keys = batch.column(HASHES[side]).to_pylist()
+            yield [key if there else None for key, there in zip(keys, present, strict=True)], vectors
+
+
+def known_keys(path: Path, side: Side) -> set[bytes]:
+    """What the vectors of a features file were made of; empty where it does not say."""
+    if HASHES[side] not in pq.read_schema(path).names:
+        return set()
+    return {key for key in pq.read_table(path, columns=[HASHES[side]])[HASHES[side]].to_pylist() if key is not None}
 
 
 def features_command(workspace: Workspace, domain: str, settings: FeatureSettings) -> str:
@@ -181,7 +274,7 @@ def _command_for(path: Path) -> str:
     """The command line that makes the features file at `path`, as far as its name tells."""
     folders = path.parents
     workspace = Workspace(folders[3] if len(folders) > 3 else Path())
-    if "+" not in path.stem:
+    if "+" not in path.stem or path.stem in PAIRS:
         return _command(workspace, path.parent.name, path.stem)
     text, image = (side.replace("--", "/") for side in path.stem.split("+", 1))
     return _command(workspace, path.parent.name, path.stem, "--text-model", text, "--image-model", image)
@@ -224,23 +317,33 @@ def _damaged(path: Path, why: str, hint: str | None) -> DataError:
     return DataError(f"{path}: damaged features file ({reason})", hint=hint or _command_for(path))
 
 
-def _scattered(column: pa.ChunkedArray, n_items: int) -> tuple[Floats, Mask]:
-    """Vectors [V, F] and their presence [V] of a column in item order; ValueError for a vector with holes."""
+def scattered(column: pa.Array) -> tuple[Floats, Mask]:
+    """Vectors float32 [n, F] and their presence [n] of one array of fixed-size lists; null ones are zero.
+
+    Raises:
+        ValueError: a vector has holes, NaN or infinite numbers.
+    """
     width = column.type.list_size
-    vectors = np.zeros((n_items + 1, width), dtype=np.float32)
+    vectors = np.zeros((len(column), width), dtype=np.float32)
+    valid: Mask = column.is_valid().to_numpy(zero_copy_only=False)
+    # flatten() leaves out the places of null rows
+    flat = column.flatten()
+    if flat.null_count:
+        raise ValueError("a vector has null elements")
+    vectors[valid] = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
+    if not np.isfinite(vectors).all():
+        raise ValueError("a vector holds NaN or an infinite number")
+    return vectors, valid
+
+
+def _catalogue_wide(column: pa.ChunkedArray, n_items: int) -> tuple[Floats, Mask]:
+    """Vectors [V, F] and their presence [V] of a column in item order; ValueError for a vector with holes."""
+    vectors = np.zeros((n_items + 1, column.type.list_size), dtype=np.float32)
     present = np.zeros(n_items + 1, dtype=np.bool_)
     row = 1
     for chunk in column.chunks:
-        valid = chunk.is_valid().to_numpy(zero_copy_only=False)
-        # flatten() leaves out the places of null rows
-        flat = chunk.flatten()
-        if flat.null_count:
-            raise ValueError("a vector has null elements")
-        vectors[row : row + len(chunk)][valid] = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
-        present[row : row + len(chunk)] = valid
+        vectors[row : row + len(chunk)], present[row : row + len(chunk)] = scattered(chunk)
         row += len(chunk)
-    if not np.isfinite(vectors).all():
-        raise ValueError("a vector holds NaN or an infinite number")
     return vectors, present
 
 
@@ -263,7 +366,8 @@ def read_features(path: Path, catalogue: str, n_items: int, hint: str | None = N
             hint=hint or _command_for(path),
         )
     try:
-        table = pq.read_table(path, partitioning=None)
+        names = [name for name in (ITEM_ID, TEXT, IMAGE) if name in pq.read_schema(path).names]
+        table = pq.read_table(path, columns=names, partitioning=None)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, str(error), hint) from None
     for name in (TEXT, IMAGE):
@@ -278,8 +382,8 @@ def read_features(path: Path, catalogue: str, n_items: int, hint: str | None = N
             path, f"{len(ids)} rows for a catalogue of {n_items} items, or not in the order of item ids", hint
         )
     try:
-        text, has_text = _scattered(table[TEXT], n_items)
-        image, has_image = _scattered(table[IMAGE], n_items)
+        text, has_text = _catalogue_wide(table[TEXT], n_items)
+        image, has_image = _catalogue_wide(table[IMAGE], n_items)
     except ValueError as error:
         raise _damaged(path, str(error), hint) from None
     return ItemFeatures(text, has_text, image, has_image, metadata, str(metadata["fingerprint"]))

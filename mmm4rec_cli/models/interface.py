@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmm4rec_cli.data.sequences import Windows
+from mmm4rec_kernels import softmax_cross_entropy
 
 
 class SequenceModel(nn.Module, ABC):
@@ -66,9 +67,8 @@ class SequenceModel(nn.Module, ABC):
 
     def catalogue_loss(self, user_BD: Tensor, table_VD: Tensor, target_B: Tensor) -> Tensor:
         """The full loss on an item table that is at hand."""
-        if self.padding_candidate:
-            return F.cross_entropy(user_BD @ table_VD.T, target_B)
-        return F.cross_entropy(user_BD @ table_VD[1:].T, target_B - 1)
+        first_row = 0 if self.padding_candidate else 1
+        return softmax_cross_entropy(user_BD, table_VD, target_B, first_row=first_row).mean()
 
     def training_loss(self, windows: Windows, in_batch: bool = False) -> Tensor:
         """What a training step minimises, a scalar: the mean loss of the windows' targets.

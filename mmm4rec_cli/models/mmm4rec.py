@@ -17,6 +17,7 @@ from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import ObservedGaps, PublishedGaps
 from mmm4rec_cli.settings.schema import ModelSettings
+from mmm4rec_kernels import Order, lookup, order_of
 
 
 class ModalityInput(nn.Module):
@@ -55,9 +56,9 @@ class ModalityInput(nn.Module):
             vectors = vectors + (self.item_bias if items is None else F.embedding(items, self.item_bias))
         return vectors
 
-    def forward(self, items_S: Tensor, vectors_VD: Tensor | None = None) -> Tensor:
-        """The stream's start [S, D]; `vectors_VD` are the catalogue's vectors where they are at hand."""
-        vectors_SD = self.vectors(items_S) if vectors_VD is None else F.embedding(items_S, vectors_VD)
+    def forward(self, items_S: Tensor, vectors_VD: Tensor | None = None, order: Order | None = None) -> Tensor:
+        """The stream's start [S, D]; `vectors_VD` are the catalogue's vectors where they are at hand, `order` sorts."""
+        vectors_SD = self.vectors(items_S) if vectors_VD is None else lookup(vectors_VD, items_S, order=order)
         out: Tensor = self.norm(vectors_SD, p=self.dropout, training=self.training)
         return out
 
@@ -154,7 +155,8 @@ class MMM4Rec(SequenceModel):
         vectors: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
     ) -> Tensor:
         items_S = places.ids(items_BL)
-        image_SD, text_SD = self.image(items_S, vectors[0]), self.text(items_S, vectors[1])
+        order = None if vectors[0] is None else order_of(items_S, len(vectors[0]))
+        image_SD, text_SD = self.image(items_S, vectors[0], order), self.text(items_S, vectors[1], order)
         streams_MBHT = None if self.gaps is None else self._streams(timestamps_BL, lengths_B)
         for layer in self.layers:
             image_SD, text_SD, streams_MBHT = layer(torch.stack([image_SD, text_SD]), streams_MBHT, places)

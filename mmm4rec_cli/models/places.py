@@ -27,7 +27,7 @@ class Places:
     @classmethod
     def padded(cls, lengths_B: Tensor, length: int) -> "Places":
         """All T places of every user, padding included: S = B T."""
-        users = lengths_B.shape[0]  # not len(): an exported program takes any number
+        users = lengths_B.shape[0]  # len() would be a constant in an exported program
         first_B = torch.arange(users, device=lengths_B.device) * length
         return cls(users, length, first_B + lengths_B - 1)
 
@@ -44,7 +44,7 @@ class Places:
             length: T.
             rows: S, at least the sum of the lengths and at most B T.
         """
-        users = lengths_B.shape[0]
+        users = len(lengths_B)
         ends_B = lengths_B.cumsum(0)
         row_S = torch.arange(rows, device=lengths_B.device)
         owner_S = torch.searchsorted(ends_B, row_S, right=True)

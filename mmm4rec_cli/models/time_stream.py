@@ -136,8 +136,10 @@ class FourierFilter(nn.Module):
 
     def forward(self, streams_MBHT: Tensor) -> Tensor:
         """The joint stream [B, H, T] of image (first) and text (last); the given ones are left as they are."""
-        spectra = torch.fft.rfft(streams_MBHT, norm="ortho")
-        image, text = spectra[0], spectra[-1]
+        if streams_MBHT.shape[0] == 1:  # ONNX can transform a real tensor, but not take a part of a complex one
+            image = text = torch.fft.rfft(streams_MBHT[0], norm="ortho")
+        else:
+            image, text = torch.fft.rfft(streams_MBHT, norm="ortho").unbind()
         joint = self.joint(self.image(image) * image + self.text(text) * text)
         filtered: Tensor = torch.fft.irfft(joint, n=streams_MBHT.shape[-1], norm="ortho")
         return filtered

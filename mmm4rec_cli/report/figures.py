@@ -126,13 +126,13 @@ def _curves(axes: Axes, runs: Sequence[Facts], what: str) -> None:
                     axes.annotate(
                         f"best: epoch {curve.best_epoch}",
                         (curve.best_epoch, best),
-                        xytext=(-9 if right else 9, 16 if what == "loss" else -14),
+                        xytext=(4 if right else -4, 10),  # above the ring, where neither curve comes back
                         textcoords="offset points",
                         ha="right" if right else "left",
                     )
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(0.06, 0.12)
+    axes.margins(0.06, 0.2)
     if len(runs) > 1:
         axes.legend()
 
@@ -151,13 +151,18 @@ def _ends(runs: Sequence[Facts], what: str) -> str:
 
 
 def segment_bars(kind: str, runs: Sequence[Facts], metric: str) -> str:
-    """A metric by group of users, runs side by side; under each group its number of users."""
+    """A metric by group of users, runs side by side; under each group its number of users where the runs agree."""
     groups = list(dict.fromkeys(group for run in runs for group in run.segments[kind]))
     heights = {run.label: [run.segments[kind].get(g, {}).get(metric) for g in groups] for run in runs}
-    users = [int(next(r.segments[kind][g]["n_users"] for r in runs if g in r.segments[kind])) for g in groups]
+    users = [{int(run.segments[kind][g]["n_users"]) if g in run.segments[kind] else 0 for run in runs} for g in groups]
 
     def draw(axes: Axes) -> None:
-        _bars(axes, [f"{g}\n{n:,}" for g, n in zip(groups, users, strict=True)], heights, "{:.3f}")
+        _bars(
+            axes,
+            [f"{g}\n{max(n):,}" if len(n) == 1 else g for g, n in zip(groups, users, strict=True)],
+            heights,
+            "{:.3f}",
+        )
         axes.set_ylabel(metric)
 
     said = "; ".join(

@@ -3,7 +3,6 @@
 Letters: U users of the test split, V catalogue rows with padding row 0.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mean
@@ -23,7 +22,7 @@ from mmm4rec_cli.evaluation.evaluate import RankedSplit, Ranking, rank_split
 from mmm4rec_cli.evaluation.evaluate_run import later_share, run_dataset
 from mmm4rec_cli.evaluation.rank_files import SCHEMA
 from mmm4rec_cli.evaluation.segments import SEGMENTS, segment_metrics
-from mmm4rec_cli.published import published_result
+from mmm4rec_cli.published import PublishedResult, published_result
 from mmm4rec_cli.report.gallery import Case, cases
 from mmm4rec_cli.report.weighing import Weighing, weigh
 from mmm4rec_cli.reporter import Reporter
@@ -57,6 +56,8 @@ class Facts:
     metric: str
     metrics: dict[str, dict[str, float]]
     """By column (valid, test, popularity, repeat last, published), then by metric."""
+    published: PublishedResult | None
+    """The published run whose figures stand beside ours, if there is one."""
     spread: dict[str, dict[str, float]]
     """Standard deviation over seeds of the valid and test columns; empty with one seed."""
     curves: list[Curve]
@@ -121,6 +122,7 @@ def gather(workspace: Workspace, run: Run, runtime: RuntimeSettings, reporter: R
         result=result,
         metric=settings.finetune.metric,
         metrics=_metrics(result, settings),
+        published=_published(result, settings),
         spread=result.get("metrics_sd", {}),
         curves=[_curve(member, settings.finetune.metric) for member in run.members],
         segments=_mean_segments(
@@ -171,16 +173,22 @@ def _metrics(result: Mapping[str, Any], settings: Settings) -> dict[str, dict[st
     found = {"valid": result["metrics"]["valid"], "test": result["metrics"]["test"]}
     for name, values in result.get("yardsticks", {}).items():
         found[name] = values["test"]
-    published = published_result(result["domain"], item_bias=settings.model.item_bias)
-    if published is not None and settings.data.split == "leave_one_out":
+    published = _published(result, settings)
+    if published is not None:
         found["published"] = published.test
     return found
 
 
+def _published(result: Mapping[str, Any], settings: Settings) -> PublishedResult | None:
+    """The published run that ours can be held against: same domain, item bias and split."""
+    if settings.data.split != "leave_one_out":
+        return None
+    return published_result(result["domain"], item_bias=settings.model.item_bias)
+
+
 def _curve(run: Run, metric: str) -> Curve:
+    rows = run.epochs
     try:
-        lines = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line]
         return Curve(
             seed=run.settings.runtime.seed,
             epochs=[row["epoch"] for row in rows],
@@ -188,8 +196,8 @@ def _curve(run: Run, metric: str) -> Curve:
             valid=[row["valid"][metric] for row in rows],
             best_epoch=int(run.result["best_epoch"]),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{run.path / 'metrics.jsonl'} cannot be read: {error}", hint="train again") from None
+    except KeyError as error:
+        raise RunError(f"{run.path / 'metrics.jsonl'} lacks {error}", hint="train again") from None
 
 
 def _mean_segments(seeds: list[Segments]) -> Segments:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from mmm4rec_cli import __version__
 from mmm4rec_cli.errors import UsageError
+from mmm4rec_cli.evaluation.segments import SEGMENTS
 from mmm4rec_cli.files import written_whole
 from mmm4rec_cli.report import figures
 from mmm4rec_cli.report.gather import Facts, gather
@@ -40,6 +41,7 @@ def write_report(
     out: Path,
     runtime: RuntimeSettings,
     *,
+    segments: Sequence[str] = SEGMENTS,
     reporter: Reporter | None = None,
 ) -> list[Facts]:
     """Write one HTML page on the runs, side by side where there are several.
@@ -49,6 +51,7 @@ def write_report(
         runs: finished fine-tuning runs.
         out: the page's file.
         runtime: the device to compute on.
+        segments: kinds of segments to show (`mmm4rec_cli.evaluation.segments`).
         reporter: progress.
 
     Returns:
@@ -64,21 +67,22 @@ def write_report(
     if out.is_dir():
         raise UsageError(f"--out {out}: is a folder", hint="name a file, such as report.html")
     facts = [gather(workspace, run, runtime, reporter or SilentReporter()) for run in runs]
-    html = render(facts)
+    html = render(facts, segments)
     with written_whole(out) as part:
         part.write_text(html, encoding="utf-8")
     return facts
 
 
-def render(runs: Sequence[Facts]) -> str:
-    """The page as text."""
+def render(runs: Sequence[Facts], segments: Sequence[str] = SEGMENTS) -> str:
+    """The page as text, with the kinds of segments that are asked for."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     here = files(__package__)
     script = here.joinpath("page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = environment.from_string(here.joinpath("page.html.jinja").read_text(encoding="utf-8"))
     metric = runs[0].metric if runs[0].metric in runs[0].metrics["test"] else next(iter(runs[0].metrics["test"]))
-    kinds = [kind for kind in SEGMENT_TITLES if any(len(run.segments[kind]) > 1 for run in runs)]
+    groups = {kind: list(dict.fromkeys(group for run in runs for group in run.segments[kind])) for kind in segments}
+    kinds = [kind for kind in segments if len(groups[kind]) > 1]
     return template.render(
         runs=runs,
         metric=metric,
@@ -96,12 +100,12 @@ def render(runs: Sequence[Facts]) -> str:
                 SEGMENT_TITLES[kind],
                 SEGMENT_WORDS[kind],
                 Markup(figures.segment_bars(kind, runs, metric)),  # noqa: S704 drawn here
+                _segment_rows(kind, groups[kind], runs, metric),
             )
             for kind in kinds
         ],
-        alone=[
-            (SEGMENT_TITLES[kind], ", ".join(runs[0].segments[kind])) for kind in SEGMENT_TITLES if kind not in kinds
-        ],
+        segment_metrics=_segment_metrics(runs, metric),
+        alone=[(SEGMENT_TITLES[kind], ", ".join(groups[kind])) for kind in segments if kind not in kinds],
         ablation=Markup(figures.ablation_bars(runs, metric))  # noqa: S704 drawn here
         if any(run.weighing for run in runs)
         else None,
@@ -109,9 +113,35 @@ def render(runs: Sequence[Facts]) -> str:
     )
 
 
+def _segment_metrics(runs: Sequence[Facts], metric: str) -> list[str]:
+    """What the tables of segments hold: every metric of one run, the page's own of several."""
+    return list(runs[0].metrics["test"]) if len(runs) == 1 else [metric]
+
+
+def _segment_rows(
+    kind: str, groups: Sequence[str], runs: Sequence[Facts], metric: str
+) -> list[tuple[str, list[list[str]]]]:
+    """Group, then a block a run of cells: users and metrics; a dash where a run has nobody in the group."""
+    names = _segment_metrics(runs, metric)
+    rows = []
+    for group in groups:
+        blocks = []
+        for run in runs:
+            found = run.segments[kind].get(group)
+            cells = ["0", *("–" for _ in names)]
+            if found is not None:
+                cells = [f"{int(found['n_users']):,}"]
+                cells += ["–" if name not in found else f"{found[name]:.4f}" for name in names]
+            blocks.append(cells)
+        rows.append((group, blocks))
+    return rows
+
+
 def _headline(run: Facts, metric: str) -> dict[str, Any]:
     ours, popular = run.metrics["test"].get(metric), run.metrics.get("popularity", {}).get(metric)
+    published = run.metrics.get("published", {}).get(metric)
     return {
+        "published": None if published is None else f"published: {published:.4f}",
         "value": None if ours is None else f"{ours:.4f}",
         "against": f"{ours / popular:.2f} × popularity ({popular:.4f})" if ours is not None and popular else None,
     }

@@ -328,6 +328,8 @@ def _described(annotation: Any, metadata: Iterable[Any]) -> str:
     origin = get_origin(annotation)
     if origin is Literal:
         return " or ".join(map(str, get_args(annotation)))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(one, metadata) for one in get_args(annotation) if one is not type(None))
     if origin is Annotated:
         inner, *outer = get_args(annotation)
         return _described(inner, [*_constraints(outer), *_constraints(metadata)])

@@ -25,6 +25,7 @@ def _none_if_empty(value: Any) -> Any:
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 OptionalText = Annotated[str | None, BeforeValidator(_none_if_empty)]
+Addresses = Annotated[tuple[Annotated[str, Field(pattern=r"^https?://")], ...], BeforeValidator(_split)]
 Cutoffs = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split), Field(min_length=1)]
 
 
@@ -65,7 +66,20 @@ class DataSettings(Section):
         "auto", description="unit of a user's own time stamps: seconds, milliseconds, ISO 8601, or found out and said"
     )
     image_timeout: float = Field(20.0, gt=0, description="seconds to wait for one picture")
-    image_workers: int = Field(8, ge=1, le=64, description="pictures fetched at the same time")
+    image_workers: int = Field(32, ge=1, le=256, description="pictures fetched at the same time")
+    image_per_host: int = Field(8, ge=1, le=256, description="pictures fetched at the same time from one host")
+    mirrors: Addresses = Field((), description="addresses of mirrors, tried in this order before the known ones")
+    download_workers: int = Field(4, ge=1, le=64, description="files fetched at the same time")
+    download_attempts: int = Field(
+        6, ge=1, description="attempts in a row that bring nothing new until an address is given up"
+    )
+    download_wait: float = Field(
+        1.0, ge=0, description="seconds before the second attempt; doubled from attempt to attempt, up to a minute"
+    )
+    download_timeout: float = Field(60.0, gt=0, description="seconds without a byte until a connection is given up")
+    download_rate: int = Field(
+        1000, ge=0, description="bytes a second that must come on the average of download_timeout seconds"
+    )
     columns: Columns = Field(default_factory=Columns, description="names of the columns in a user's own tables")
 
 
@@ -81,11 +95,26 @@ class FeatureSettings(Section):
     image_model: OptionalText = Field(
         None, description="Hugging Face id or folder of the image model, else the encoder's"
     )
-    text_pooling: Literal["pooled", "mean"] = Field(
-        "pooled", description="for a text model of its own: its pooled output, or the mean over its tokens"
+    text_pooling: Literal["auto", "pooled", "mean", "cls"] = Field(
+        "auto",
+        description="for a text model of its own: its pooled output, the mean over its tokens, its first token, or "
+        "(auto) what a sentence-transformers model says of itself, else pooled where that was trained, else the mean",
     )
     max_text_length: int = Field(64, ge=4, description="tokens a text is cut or padded to")
-    batch_size: int = Field(64, ge=1, description="texts or images encoded at once")
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="texts or images encoded at once; auto suits the device, and both are halved when memory runs out",
+    )
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32", description="the encoder's arithmetic: IEEE float32, TF32 products on the GPU, or bfloat16"
+    )
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = Field(
+        "auto",
+        description="processes that decode, resize and tokenise; 0: threads alone; auto: one a core where many wait",
+    )
+    part_size: int = Field(
+        8192, ge=1, description="texts or images in one part file, from which an interrupted run goes on"
+    )
     dtype: Literal["float32", "float16"] = Field("float32", description="number format of the stored vectors")
     fallback: Literal["null", "published"] = Field(
         "null", description="an item without text or image: no vector, or the published stand-in (item id, white image)"
@@ -228,6 +257,11 @@ class EvaluateSettings(Section):
         "half", description="a candidate with the target's score counts as half above, below, or above it"
     )
     batch_size: int = Field(1024, ge=1, description="users encoded at once")
+    new_items: Literal["as_scored", "fair_share"] = Field(
+        "as_scored",
+        description="recommend --new-items: ranked as scored, or all raised by one number, fitted on validation "
+        "histories, so that their share of the top ten is at least their share of the catalogue",
+    )
 
 
 class RuntimeSettings(Section):

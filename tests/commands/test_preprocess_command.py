@@ -136,6 +136,10 @@ def test_own_tables_own_vectors_and_pictures_that_come_and_go(run, tmp_path):
         (["--domain", "pantry", "--set", "data.min_usr=3"], 2, "data.min_user"),
         (["--domain", "pantry", "--encoder", "sketchy"], 2, "sketchy"),
         (["--domain", "pantry", "--encoder", "sketch", "--device", "gpu"], 2, "cuda"),
+        (["--domain", "pantry", "--shard", "3/2"], 2, "--shard 3/2"),
+        (["--domain", "pantry", "--shard", "1/2", "--merge"], 2, "--merge"),
+        (["--domain", "pantry", "--shard", "1/2", "--skip-features"], 2, "--skip-features"),
+        (["--domain", "pantry", "--set", "features.batch_size=none"], 2, "auto or a whole number at least 1"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_left(run, tmp_path, words, code, says):
@@ -144,6 +148,24 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(run, tmp_path, words
     assert says in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_are_joined_by_a_merge_and_a_merge_without_them_is_refused(run, tmp_path):
+    write_raw(tmp_path, "pantry", "Prime_Pantry")
+    words = ("preprocess", "--domain", "pantry", "--encoder", "sketch", "--set", "features.part_size=2")
+    code, _, err = run(*words, "--merge")
+    assert code == 3
+    assert "3 of 3 text parts are missing" in err
+    assert "--shard I/N" in err
+    for shard in ("1/2", "2/2"):
+        code, out, err = run(*words, "--shard", shard, "--json")
+        assert (code, json.loads(out)["features"]) == (0, None)
+        assert "preprocess --domain pantry --encoder sketch" in err
+        assert "--merge" in err
+    code, out, _ = run(*words, "--merge", "--json")
+    path = tmp_path / "data" / "features" / "pantry" / "sketch.parquet"
+    assert (code, json.loads(out)["features"]) == (0, str(path))
+    assert [one.name for one in path.parent.iterdir()] == ["sketch.parquet"]
 
 
 def test_files_fetched_by_hand_are_taken(run, tmp_path):

@@ -1,6 +1,9 @@
 """`mmm4rec runs`."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -48,7 +51,24 @@ def test_the_table_ends_with_what_to_type_next(workspace, capsys):
     assert main(["runs", "--workspace", str(workspace)]) == 0
     out = capsys.readouterr().out
     assert "0.1250" in out
-    assert out.splitlines()[-1] == "next: mmm4rec evaluate --run aaaaaa"
+    assert out.splitlines()[-1] == f"next: mmm4rec evaluate --run aaaaaa --workspace {workspace}"
+
+
+def test_curves_are_drawn_and_an_unfinished_run_is_to_be_gone_on_with(workspace, capsys):
+    unfinished = workspace / "runs/finetune/arts/20260102-000000-bbbbbb"
+    rows = [{"epoch": n, "loss": 3 - n, "valid": {"NDCG@10": n / 4}} for n in (1, 2, 3)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (unfinished / "metrics.jsonl").write_text(text + '{"epoch": 4, "lo')
+    for name in ("pantry/20260101-000000-aaaaaa", "arts/20260104-000000-dddddd"):
+        shutil.rmtree(workspace / "runs/finetune" / name)
+    assert main(["runs", "--workspace", str(workspace)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "▁▅█" in out
+    assert f"next: mmm4rec finetune --domain arts --resume bbbbbb --workspace {workspace}" in out
+    (unfinished / "metrics.jsonl").write_text("{}\n")
+    assert main(["runs", "--workspace", str(workspace)]) == 0
+    assert "metrics.jsonl is damaged" in capsys.readouterr().err
 
 
 def test_one_domain_can_be_asked_for(workspace, capsys):
@@ -61,3 +81,14 @@ def test_one_domain_can_be_asked_for(workspace, capsys):
 def test_an_empty_workspace_is_no_error(tmp_path, capsys):
     assert main(["runs", "--workspace", str(tmp_path)]) == 0
     assert "no runs in" in capsys.readouterr().out
+
+
+def test_the_list_is_made_from_json_alone(workspace):
+    """Loading torch takes seconds, listing runs none."""
+    code = (
+        "import sys\nfrom mmm4rec_cli.app import main\n"
+        f"assert main(['runs', '--quiet', '--workspace', {str(workspace)!r}]) == 0\n"
+        "print(sorted({'torch', 'pyarrow', 'numpy', 'polars', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -41,20 +41,27 @@ def run(capsys, *words):
     return code, out, err
 
 
-def test_the_chain_from_pretraining_to_evaluation(shop, capsys):
+def test_the_chain_from_pretraining_to_evaluation(shop, workspace, capsys):
     code, out, err = run(capsys, "pretrain", "--domain", "ring", "--domain", "other", *shop)
     assert code == 0
     assert "pre-trained on ring+other: 1 epochs" in out
     assert "epoch 1/1" in err
+    assert "loss  ▅" in out
+    assert f"next: mmm4rec finetune --domain other --workspace {workspace.root}" in out
     code, out, err = run(capsys, "finetune", "--domain", "ring", *shop)
     assert code == 0
     assert "from 2" in out
     assert "popularity, test" in out
-    assert "next: mmm4rec evaluate --run" in out
+    assert "valid Hit@10" in out
+    following = out.splitlines()[-1].removeprefix("next: ").split()
+    assert following[:3] == ["mmm4rec", "evaluate", "--run"]
+    assert following[4:] == ["--workspace", str(workspace.root)]
     assert "starting from pre-training run" in err
     code, out, _ = run(capsys, "evaluate", "--k", "1,5", "--mask-seen", *shop)
     assert code == 0
     assert all(name in out for name in ("Hit@1", "Hit@5", "NDCG@5", "MRR", "all items", "popularity"))
+    assert "valid Hit@10" in out
+    assert "next: mmm4rec report --run" in out
     code, out, _ = run(capsys, "runs", *shop)
     assert code == 0
     assert out.count("finished") == 2

@@ -1,16 +1,19 @@
 import io
+import struct
 import threading
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmm4rec_cli.data import images
+from mmm4rec_cli.data import fetch, images
 from mmm4rec_cli.data.images import UnreadableImage, fetch_images, image_stem, open_image, safe_name
 from mmm4rec_cli.data.tables import read_tables, write_tables
 from mmm4rec_cli.errors import DataError, NetworkError
@@ -74,7 +77,10 @@ def server():
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(images.time, "sleep", lambda seconds: None)
+    async def pause(seconds):
+        pass
+
+    monkeypatch.setattr(fetch, "pause", pause)
 
 
 @pytest.fixture
@@ -179,6 +185,59 @@ def test_failures_are_counted_and_logged_and_leave_no_file(workspace, server):
     assert any("7 of 8 pictures" in line for line in reporter.lines)
     assert server.asked["/gone"] == 1
     assert server.asked["/short"] == 3
+
+
+def bare_png(width, height):
+    """The header of a picture of that size, with next to nothing behind it."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+    )
+
+
+def test_each_item_has_a_row_on_what_became_of_its_picture(workspace, server):
+    dot = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(dot, "JPEG")
+    server.answers = {"good": encoded(), "dot": dot.getvalue(), "empty": b"", "huge": bare_png(40_000, 40_000)}
+    write_domain(workspace, {name: server.url(name) for name in [*server.answers, "gone"]} | {"none": None})
+    (workspace.raw("shop") / "images").mkdir(parents=True)
+    (workspace.raw("shop") / "images" / ".left.jpg.x1.part").write_bytes(b"of a killed command")
+    reporter = Listener()
+    fetch_images(workspace, "shop", DataSettings(), reporter=reporter)
+    rows = {row["raw_item_id"]: row for row in pq.read_table(workspace.raw("shop") / images.OUTCOMES).to_pylist()}
+    assert {name: row["outcome"] for name, row in rows.items()} == {
+        **{"good": "fetched", "gone": "failed", "none": "no address"},
+        **dict.fromkeys(("dot", "empty", "huge"), "rejected"),
+    }
+    assert rows["good"]["bytes"] == len(server.answers["good"])
+    assert rows["gone"]["reason"] == "HTTP 404"
+    assert "1 x 1" in rows["dot"]["reason"]
+    assert "pixels" in rows["huge"]["reason"]
+    assert any("1 fetched, 3 rejected, 1 failed" in line for line in reporter.lines)
+    assert [path.name for path in (workspace.raw("shop") / "images").iterdir()] == ["good.jpg"]
+
+
+def test_few_pictures_at_a_time_come_from_one_host(workspace, server):
+    lock, now, most = threading.Lock(), Counter(), Counter()
+
+    def counted(handler):
+        with lock:
+            now["here"] += 1
+            most["here"] = max(most["here"], now["here"])
+        threading.Event().wait(0.01)
+        with lock:
+            now["here"] -= 1
+        handler.give(encoded())
+
+    names = [f"p{i}" for i in range(40)]
+    server.answers = dict.fromkeys(names, counted)
+    write_domain(workspace, {name: server.url(name) for name in names})
+    assert fetch_images(workspace, "shop", DataSettings(image_per_host=3))["images"]["fetched"] == 40
+    assert 1 < most["here"] <= 3
 
 
 def test_a_server_that_stumbles_is_asked_again(workspace, server):

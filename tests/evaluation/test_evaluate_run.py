@@ -59,6 +59,18 @@ def test_yardsticks_rank_as_their_scores_would(dataset):
         assert rank0 == (others > counts[target]).sum() + (others == counts[target]).sum() / 2
 
 
+def test_popularity_is_masked_as_the_model_is(dataset):
+    sequences, split = dataset.sequences, dataset.sequences.split("leave_one_out")
+    masked = rank_by_popularity(sequences, split.known_N, split.test, "test", dataset.n_items, mask_seen=True)
+    counts = np.bincount(sequences.items_N[split.known_N].numpy(), minlength=dataset.n_items + 1)
+    for user, target, rank0 in zip(
+        *(x.tolist() for x in (masked.user_U, masked.target_U, masked.rank0_U)), strict=True
+    ):
+        begin, end = sequences.offsets_U1[user : user + 2].tolist()
+        others = np.delete(counts, [0, target, *sequences.items_N[begin : end - 1].tolist()])
+        assert rank0 == (others > counts[target]).sum() + (others == counts[target]).sum() / 2
+
+
 def test_the_interval_holds_the_true_difference_and_shrinks_with_users():
     random = np.random.default_rng(0)
     widths = []
@@ -94,6 +106,11 @@ def test_a_run_is_evaluated_by_segments_and_against_another(workspace, make_doma
         assert found["difference"] == pytest.approx(document["metrics"][name] - other["metrics"][name], abs=1e-12)
         assert found["low"] <= found["difference"] <= found["high"]
     assert set(document["yardsticks"]) == {"popularity", "repeat last"}
+    masked = evaluate_run(workspace, two_seeds, settings, mask_seen=True)
+    assert set(masked["yardsticks"]) == {"popularity"}
+    assert masked["metrics_unmasked"] == document["metrics"]
+    assert masked["metrics_unmasked_sd"] == document["metrics_sd"]
+    assert masked["metrics"]["MRR"] > document["metrics"]["MRR"]
     finetune(workspace, "other", settings, pretrained="none")
     foreign = newest_run(workspace, "finetune", "other")
     with pytest.raises(RunError, match="no pairs"):

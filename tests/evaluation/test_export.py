@@ -2,6 +2,8 @@
 
 import json
 
+import faiss
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -56,11 +58,9 @@ def test_the_exported_program_agrees_with_the_model_for_any_number_of_users(work
 
 
 def test_the_onnx_program_agrees_with_the_model(workspace, trained, tmp_path):
-    pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
-    runtime = pytest.importorskip("onnxruntime", reason="running ONNX needs onnxruntime")
     run, settings = trained()
     export_run(workspace, run, settings, "onnx", tmp_path / "out")
-    session = runtime.InferenceSession(tmp_path / "out" / "user_encoder.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "user_encoder.onnx")
     model = load_recommender(workspace, run, settings).model
     for users in (1, 50):
         windows = [window.repeat(20, *[1] * (window.dim() - 1))[:users] for window in example_windows(25, 6)]
@@ -70,7 +70,6 @@ def test_the_onnx_program_agrees_with_the_model(workspace, trained, tmp_path):
 
 
 def test_the_index_finds_what_the_products_say(workspace, trained, tmp_path):
-    faiss = pytest.importorskip("faiss", reason="the index needs faiss")
     run, settings = trained()
     export_run(workspace, run, settings, "faiss", tmp_path / "out")
     index = faiss.read_index(str(tmp_path / "out" / "items.faiss"))

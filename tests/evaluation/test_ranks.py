@@ -37,14 +37,37 @@ def test_ranks_equal_brute_force_on_integer_vectors(seed, ties, masked, padding)
     assert got.tolist() == brute(user, table, target, ties, mask, padding)
 
 
-def test_blocks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("elements", [1, 130, 1000])
+def test_blocks_change_nothing(monkeypatch, elements):
     generator = torch.Generator().manual_seed(0)
     user = torch.randint(-3, 4, (50, 4), generator=generator).float()
     table = torch.randint(-3, 4, (40, 4), generator=generator).float()
     target = torch.randint(1, 40, (50,), generator=generator)
+    hidden = torch.randint(0, 50, (90,), generator=generator), torch.randint(0, 40, (90,), generator=generator)
+    mask = torch.zeros(50, 40, dtype=torch.bool)
+    mask[hidden] = True
+    monkeypatch.setattr(ranks, "_USERS", {"cpu": 13})
+    monkeypatch.setattr(ranks, "_BLOCK_ELEMENTS", {"cpu": elements})
+    for padding in (False, True):
+        expected = brute(user, table, target, "half", padding=padding)
+        assert target_ranks(user, table, target, padding_candidate=padding).tolist() == expected
+        expected = brute(user, table, target, "half", mask, padding)
+        for left_out in ({"mask": mask}, {"hidden": hidden}):
+            assert target_ranks(user, table, target, padding_candidate=padding, **left_out).tolist() == expected
+
+
+def test_the_number_of_users_in_a_call_moves_only_near_ties():
+    generator = torch.Generator().manual_seed(3)
+    user, table = torch.randn(300, 64, generator=generator), torch.randn(2000, 64, generator=generator)
+    table[1000:1500] = table[500:1000]
+    target = torch.randint(1, 2000, (300,), generator=generator)
     whole = target_ranks(user, table, target)
-    monkeypatch.setattr(ranks, "_BLOCK_ELEMENTS", 130)
-    assert torch.equal(target_ranks(user, table, target), whole)
+    for size in (1, 7, 100):
+        parts = [target_ranks(*pair) for pair in zip(user.split(size), [table] * 300, target.split(size), strict=False)]
+        score = user.double() @ table.double().T
+        own = score.gather(1, target[:, None])
+        near = ((score - own).abs() <= 4 * torch.finfo(torch.float32).eps * own.abs()).sum(1) - 1
+        assert ((torch.cat(parts) - whole).abs() <= near).all()
 
 
 def test_the_target_is_never_masked_and_padding_never_competes():

@@ -1,5 +1,7 @@
 """Recommendations against the ranks of an evaluation and a plain sort."""
 
+import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -13,6 +15,7 @@ from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
 from mmm4rec_cli.evaluation.recommend import Asked, load_recommender, parse_moment
 from mmm4rec_cli.evaluation.recommend_files import read_asked, read_ids, recommendation_file
 from mmm4rec_cli.features.new_items import NewItems
+from mmm4rec_cli.reporter import SilentReporter
 from mmm4rec_cli.runs import newest_run
 from mmm4rec_cli.training.finetune import finetune
 
@@ -133,6 +136,14 @@ def test_neighbours_are_the_highest_cosines(recommender):
         recommender.similar("i04")
 
 
+class Notes(SilentReporter):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
 def new_items(dataset, raw_ids, like, fingerprint=None, image=True):
     present = np.ones(len(like), np.bool_)
     return NewItems(
@@ -166,6 +177,32 @@ def test_new_items_are_ranked_beside_the_known_whose_scores_stay(workspace, trai
         load_recommender(workspace, run, settings, new_items=new_items(known.dataset, ["n"], [1], "f" * 64))
 
 
+def test_starved_new_items_get_their_share_where_asked_for(workspace, trained):
+    run, settings = trained()
+    dataset = load_recommender(workspace, run, settings).dataset
+    n, new = dataset.n_items, new_items(dataset, [f"n{i}" for i in range(8)], list(range(1, 9)))
+    recommender = load_recommender(workspace, run, settings, new_items=new)
+    recommender._candidate_VD = recommender._candidate_VD.clone()
+    recommender._candidate_VD[n:] = 0  # every new item scores 0, below what most known ones get
+    asked = [Asked(raw) for raw in recommender.dataset.raw_user_ids]
+    (plain,) = recommender.recommend(asked, 10, before="valid")
+    offset = recommender.raise_new(n + 1)
+    (raised,) = recommender.recommend(asked, 10, before="valid")
+    assert (plain.item > n).mean() < 8 / 33 - 0.02
+    assert (raised.item > n).mean() == pytest.approx(8 / 33, abs=0.005)
+    assert offset > 0
+    assert np.allclose(raised.score[raised.item > n], offset)
+    for before, after in zip(plain.item.tolist(), raised.item.tolist(), strict=True):
+        kept = [item for item in after if item <= n]
+        assert kept == [item for item in before if item <= n][: len(kept)]
+    recommender._candidate_VD[n:] = recommender._candidate_VD[:8] * 3  # beloved: nothing is to be raised
+    assert recommender.raise_new(n + 1) == 0
+    fair = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"new_items": "fair_share"})})
+    said = Notes()
+    load_recommender(workspace, run, fair, new_items=new, reporter=said)
+    assert any("fair_share: the scores of new items are raised by" in note for note in said.notes)
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -190,6 +227,45 @@ def test_no_places_and_a_removed_domain_are_refused(workspace, trained):
         file.unlink()
     with pytest.raises(RunError, match="no longer there"):
         load_recommender(workspace, run, settings)
+
+
+def test_vectors_of_another_encoder_and_an_unfinished_run_are_refused(workspace, trained, make_domain):
+    run, settings = trained()
+    make_domain(widths=(6, 4))
+    with pytest.raises(RunError, match="vectors of another encoder"):
+        load_recommender(workspace, run, settings)
+    (run.path / "result.json").unlink()
+    with pytest.raises(RunError, match="not finished"):
+        load_recommender(workspace, run, settings)
+
+
+def test_more_users_take_no_more_memory(workspace, trained, tmp_path):
+    """Ten times the users, streamed from file to file: the most that is held at once stays the same."""
+    run, settings = trained()
+    small = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"batch_size": 50})})
+    recommender = load_recommender(workspace, run, small)
+
+    def stream(users):
+        with (tmp_path / "users.csv").open("w") as asked:
+            asked.write("user,history\n")
+            asked.writelines(f'n{i},"i{i % 25:03d},i{(i + 7) % 25:03d}"\n' for i in range(users))
+        with recommendation_file(tmp_path / "out.parquet") as write:
+            for block in recommender.recommend(read_asked(tmp_path / "users.csv"), 3):
+                write(recommender.table(block))
+        assert pq.read_metadata(tmp_path / "out.parquet").num_rows == 3 * users
+
+    stream(200)  # what is loaded or cached once
+    peaks = []
+    for users in (500, 5000):
+        pa.default_memory_pool().release_unused()
+        tracemalloc.start()
+        before = pa.total_allocated_bytes()
+        stream(users)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert pa.total_allocated_bytes() - before < 100_000
+    held_by_all = 5000 * 3 * 100  # the least that answers kept in Python would take
+    assert peaks[1] < peaks[0] + held_by_all / 4
 
 
 def test_moments_are_seconds_or_iso_dates():

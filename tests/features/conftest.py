@@ -118,13 +118,10 @@ def build_clip(folder):
 
 
 def build_bert(folder, **options):
-    from transformers import BertConfig, BertModel, BertTokenizer
+    from transformers import BertConfig, BertModel
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({word for line in CORPUS for word in line.split()})]
-    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
-    config = BertConfig(**TINY, vocab_size=len(words), max_position_embeddings=32)
+    config = BertConfig(**TINY, vocab_size=bert_words(folder), max_position_embeddings=32)
     BertModel(config, **options).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def build_vit(folder, **options):
@@ -143,7 +140,73 @@ def build_resnet(folder):
     ConvNextImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(folder)
 
 
+def build_siglip2(folder):
+    """The model of SigLIP 2 that takes pictures of any shape, with a tokenizer of Gemma's kind."""
+    from transformers import GemmaTokenizer, Siglip2Config, Siglip2ImageProcessorPil, Siglip2Model
+
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *sorted({letter for line in CORPUS for letter in line})]
+    tokenizer = GemmaTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    text = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 64, **ids}
+    seeing = {**TINY, "patch_size": 8, "num_patches": 16}
+    Siglip2Model(Siglip2Config(text_config=text, vision_config=seeing)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16).save_pretrained(folder)
+
+
+def bert_words(folder):
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({word for line in CORPUS for word in line.split()})]
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(folder)
+    return len(words)
+
+
+def build_blip(folder, kind="BlipForImageTextRetrieval"):
+    import transformers
+
+    text = {**TINY, "vocab_size": bert_words(folder), "max_position_embeddings": 32, "encoder_hidden_size": 16}
+    ids = {"bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
+    config = transformers.BlipConfig(
+        text_config={**text, **ids}, vision_config=SEEING, projection_dim=12, image_text_hidden_size=10
+    )
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    transformers.BlipImageProcessorPil(size=SIZE).save_pretrained(folder)
+
+
+def build_blip2(folder):
+    from transformers import Blip2Config, Blip2ForImageTextRetrieval, BlipImageProcessorPil
+
+    qformer = {**TINY, "vocab_size": bert_words(folder), "max_position_embeddings": 32, "encoder_hidden_size": 16}
+    config = Blip2Config(
+        vision_config=SEEING,
+        qformer_config={**qformer, "use_qformer_text_input": True, "cross_attention_frequency": 1},
+        text_config={**TINY, "model_type": "opt", "vocab_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16},
+        num_query_tokens=4,
+        image_text_hidden_size=14,
+    )
+    Blip2ForImageTextRetrieval(config).save_pretrained(folder)
+    BlipImageProcessorPil(size=SIZE).save_pretrained(folder)
+
+
+def build_roberta(folder):
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
+
+    letters = sorted({letter for line in CORPUS for letter in line.replace(" ", "Ġ")})
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters]
+    tokenizer = RobertaTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    config = RobertaConfig(**TINY, vocab_size=len(words), max_position_embeddings=66, type_vocab_size=1)
+    # the published checkpoint is a masked language model's, which has no pooler
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 BUILDERS = {
+    "siglip2": build_siglip2,
+    "blip": build_blip,
+    "blip-joint": lambda folder: build_blip(folder, "BlipModel"),
+    "blip2": build_blip2,
+    "roberta": build_roberta,
     "siglip": build_siglip,
     "clip": build_clip,
     "bert": build_bert,

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from mmm4rec_cli.errors import DataError, DeviceError, NetworkError, UsageError
-from mmm4rec_cli.features.encoders import load_encoder
-from mmm4rec_cli.features.store import fingerprint
+from mmm4rec_cli.features.encoders import _looked_up, load_encoder
+from mmm4rec_cli.features.store import PAIRS, PRESETS, fingerprint
 from mmm4rec_cli.settings.schema import FeatureSettings
 
 TEXTS = ["red cotton scarf", "a book about cats and dogs and a blue ceramic mug", "mouse"]
@@ -41,15 +41,75 @@ def check_sides(encoder, text_width, image_width):
         np.testing.assert_allclose(images(encoder, [picture])[0], row, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "width"), [("siglip", 16), ("clip", 12)])
+@pytest.mark.parametrize(
+    ("kind", "width"), [("siglip", 16), ("siglip2", 16), ("clip", 12), ("blip", 10), ("blip-joint", 12), ("blip2", 14)]
+)
 def test_a_joint_model_gives_unit_vectors_that_do_not_depend_on_the_batch(load, model, kind, width):
     check_sides(load(encoder=model(kind)), width, width)
+
+
+SHORT = {
+    "siglip": ("siglip", "siglip"),
+    "siglip2": ("siglip", "siglip"),
+    "clip": ("clip", "clip"),
+    "blip": ("blip", "blip"),
+    "blip2": ("blip2", "blip2"),
+    "fashion-siglip": ("siglip", "siglip"),
+    "siglip+roberta": ("roberta", "siglip"),
+    "clip+bert": ("bert", "clip"),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_name_loads_the_hubs_copy_on_the_disk(load, model, tmp_path, monkeypatch, name):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    ids = PAIRS[name] if name in PAIRS else (PRESETS[name], PRESETS[name])
+    for one, kind in zip(ids, SHORT[name], strict=True):
+        repository = tmp_path / f"models--{one.replace('/', '--')}"
+        shutil.copytree(model(kind), repository / "snapshots" / "a", dirs_exist_ok=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text("a")
+    encoder = load(encoder=name)
+    assert (encoder.name, encoder.models) == (name, {"text": ids[0], "image": ids[1]})
+    widths = {"siglip": 16, "clip": 12, "blip": 10, "blip2": 14, "roberta": 16, "bert": 16}
+    check_sides(encoder, *(widths[kind] for kind in SHORT[name]))
+
+
+def test_every_short_name_is_tried():
+    assert {*PRESETS, *PAIRS} == {*SHORT, "sketch"}
+
+
+def test_blip_vectors_are_those_of_its_own_contrastive_score(load, model):
+    """The model itself gives cosines of its unit vectors, so they tell whether ours are the same."""
+    import torch
+    import transformers
+
+    for kind in ("blip", "blip2"):
+        encoder = load(encoder=model(kind))
+        own = getattr(transformers, encoder.identity["text"]["model"]).from_pretrained(model(kind)).eval()
+        tokens = {key: torch.as_tensor(value) for key, value in encoder.text.preparer(TEXTS).items()}
+        pixels = torch.from_numpy(np.stack([encoder.image.prepare(one)["pixel_values"] for one in PICTURES]))
+        given = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        texts, pictures = encoder.text.texts(TEXTS), images(encoder, PICTURES)
+        with torch.no_grad():
+            if kind == "blip":
+                score = own(pixel_values=pixels, **given, use_itm_head=False).itm_score.numpy()
+                np.testing.assert_allclose(pictures @ texts.T, score, atol=1e-6)
+            else:
+                output = own(pixel_values=pixels, **given, use_image_text_matching_head=False)
+                np.testing.assert_allclose(texts, output.text_embeds, atol=1e-6)
+                mean = output.image_embeds.mean(1)
+                np.testing.assert_allclose(pictures, mean / mean.norm(dim=1, keepdim=True), atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["pooled", "mean"])
 @pytest.mark.parametrize("seeing", ["vit", "vit-no-pooler", "resnet"])
 def test_any_text_model_goes_with_any_image_model(load, model, pooling, seeing):
     encoder = load(text_model=model("bert"), image_model=model(seeing), text_pooling=pooling)
+    assert encoder.models == {"text": model("bert"), "image": model(seeing)}
     assert encoder.name == f"bert-1+{seeing}-1"
     assert encoder.identity["text"]["pooling"] == pooling
     assert encoder.identity["image"]["pooling"] == ("mean" if seeing == "vit-no-pooler" else "pooled")
@@ -141,20 +201,48 @@ def test_texts_are_cut_to_what_the_settings_and_the_model_allow(load, model, rep
     assert np.isfinite(capped.text.texts(["mouse " * 400])).all()
 
 
-def test_a_text_model_without_a_trained_pooler_is_refused_for_pooled_and_taken_for_the_mean(load, model):
+def test_a_text_model_without_a_trained_pooler_is_refused_for_pooled_and_taken_for_the_mean(load, model, reporter):
     pair = {"text_model": model("bert-no-pooler"), "image_model": model("vit")}
     with pytest.raises(UsageError, match="no trained pooled output") as caught:
-        load(**pair)
+        load(**pair, text_pooling="pooled")
     assert "features.text_pooling=mean" in caught.value.hint
     check_sides(load(**pair, text_pooling="mean"), 16, 16)
+    assert load(**pair).identity == load(**pair, text_pooling="mean").identity
+    assert any("no trained pooled output" in text for text in reporter.notes)
 
 
-def test_a_model_trained_for_the_mean_says_so(load, model, reporter):
-    folder = Path(model("bert", name="sentence"))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    load(text_model=str(folder), image_model=model("vit"))
-    assert any("text_pooling=mean" in text for text in reporter.warnings)
+@pytest.mark.parametrize(
+    ("said", "pooling"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, "cls"),
+        ({"pooling_mode": "cls"}, "cls"),
+        (None, "mean"),
+    ],
+)
+def test_a_sentence_transformers_model_is_pooled_as_it_was_trained_and_that_is_said(
+    load, model, reporter, tmp_path, said, pooling
+):
+    folder = tmp_path / "sentence"
+    shutil.copytree(model("bert"), folder)
+    (folder / "modules.json").write_text("[]")
+    if said is not None:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    pair = {"text_model": str(folder), "image_model": "sketch"}
+    encoder = load(**pair)
+    assert encoder.identity["text"]["pooling"] == pooling
+    assert any(f"its {pooling} over the tokens" in text for text in reporter.notes)
+    explicit = load(text_model=model("bert"), image_model="sketch", text_pooling=pooling)
+    assert explicit.identity == encoder.identity
+    np.testing.assert_array_equal(explicit.text.texts(TEXTS), encoder.text.texts(TEXTS))
+    load(**pair, text_pooling="pooled")
+    assert any("text_pooling=auto" in text for text in reporter.warnings)
+
+
+def test_a_plain_model_is_pooled_as_its_pooler_was_trained(load, model):
+    encoder = load(text_model=model("bert"), image_model="sketch")
+    assert encoder.identity["text"]["pooling"] == "pooled"
 
 
 def test_the_fingerprint_follows_weights_and_preprocessing_but_not_the_place(load, model, tmp_path):
@@ -244,6 +332,20 @@ def test_a_damaged_model_folder_is_a_data_error(load, model, tmp_path, damage):
         load(text_model=model("bert"), image_model=str(folder))
 
 
+def test_a_model_whose_class_is_its_own_code_is_refused_with_the_way_out(load, model, tmp_path):
+    folder = tmp_path / "open"
+    shutil.copytree(model("siglip"), folder)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "marqo",
+        "auto_map": {"AutoModel": "m.M"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "open_clip_config.json").write_text("{}")
+    with pytest.raises(DataError, match="not a model that can be loaded") as caught:
+        load(encoder=str(folder))
+    assert "open_clip" in caught.value.hint
+
+
 def test_a_folder_without_a_tokenizer_is_a_data_error(load, model, tmp_path):
     folder = tmp_path / "speechless"
     shutil.copytree(model("bert"), folder)
@@ -289,3 +391,17 @@ def test_loading_writes_nothing_to_the_terminal(load, model, capfd):
     load(encoder=model("siglip")).text.texts(TEXTS)
     written = capfd.readouterr()
     assert (written.out, written.err) == ("", "")
+
+
+def test_what_the_device_looks_up_is_bit_for_bit_what_the_processor_makes(load, model):
+    for kind, resized in (("siglip", True), ("clip", False), ("resnet", False)):
+        side = load(text_model="sketch", image_model=model(kind)).image
+        assert (type(side.preparer).__name__ == "_Resized") == resized
+        for picture in PICTURES:
+            given = side.preparer(picture)["pixel_values"]
+            assert given.dtype == np.uint8
+            np.testing.assert_array_equal(_looked_up(side._levels, given), side.prepare(picture)["pixel_values"])
+        as_bytes = next(
+            side.stream([{"pixel_values": np.stack([side.preparer(one)["pixel_values"]])} for one in PICTURES])
+        )
+        np.testing.assert_array_equal(as_bytes, side.images([side.prepare(PICTURES[0])]))

@@ -10,6 +10,7 @@ from mmm4rec_cli.data.tables import read_tables
 from mmm4rec_cli.errors import DataError, NetworkError
 from mmm4rec_cli.features import encoders
 from mmm4rec_cli.features.extract import extract_features
+from mmm4rec_cli.features.sketch import SketchImage
 from mmm4rec_cli.features.store import read_features
 from mmm4rec_cli.settings.schema import FeatureSettings
 
@@ -181,14 +182,29 @@ def test_vectors_do_not_depend_on_the_batch_size(workspace, model):
 
 
 @pytest.mark.usefixtures("shop")
-def test_an_interrupted_extraction_leaves_nothing(workspace, monkeypatch):
-    def interrupted(self, batch):
+def test_an_interrupted_extraction_leaves_whole_parts_alone_and_goes_on_from_them(workspace, monkeypatch, reporter):
+    settings = FeatureSettings(encoder="sketch", batch_size=1, part_size=1)
+    straight = extract_features(workspace, "shop", settings, "cpu")
+    expected = straight.read_bytes()
+    straight.unlink()
+    straight.with_suffix(".log").unlink()
+    encoded = SketchImage.stream
+
+    def interrupted(self, batches):
+        yield next(encoded(self, batches))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoders.SketchImage, "images", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        extract_features(workspace, "shop", SKETCH, "cpu")
-    assert not workspace.features("shop", "sketch").parent.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(SketchImage, "stream", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            extract_features(workspace, "shop", settings, "cpu")
+    folder = straight.with_suffix(".parts")
+    assert sorted(path.name.split("-")[0] for path in folder.iterdir()) == ["image", "text", "text", "text"]
+    assert [path for path in straight.parent.iterdir() if path != folder] == []
+    assert extract_features(workspace, "shop", settings, "cpu", reporter).read_bytes() == expected
+    assert reporter.done == {"images": 2}
+    assert any("going on from 3 text and 1 image parts" in text for text in reporter.notes)
+    assert not folder.exists()
 
 
 @pytest.mark.usefixtures("shop")

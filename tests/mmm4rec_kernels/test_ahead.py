@@ -44,3 +44,31 @@ def test_the_block_at_published_sizes_compiles(capability):
         assert need.shared <= SHARED_LIMIT
         # One warp holds a whole tile: what little spills costs less than a second warp's exchange, measured on an H200.
         assert need.spilled <= {"scan_forward": 64, "scan_backward": 160}.get(need.kernel, 0), need.kernel
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_block_of_packed_sequences_compiles(capability):
+    from mmm4rec_kernels import ahead
+    from mmm4rec_kernels.block import short
+
+    H, E, GN, places = 8, 512, 512, 200
+    tensors = (torch.empty(1, places, H), torch.empty(E + 2 * GN, 4), torch.empty(E + 2 * GN))
+    heads = [torch.empty(H) for _ in range(3)]
+    offsets = torch.tensor([0, 20, places], dtype=torch.int32)
+    arguments = (torch.empty(1, places, 2 * E + 2 * GN + H), None, None, *tensors, *heads, torch.empty(E), offsets)
+
+    def both():
+        out, *saved = short.forward(*arguments, True, 20, 8, 1e-12, True)
+        short.backward(out, out, *saved, *arguments, True, 20, 8, True)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        needs = ahead.needs(both, capability)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    names = {need.kernel for need in needs}
+    assert names >= {"block_steps", "block_forward", "block_backward", "block_steps_backward", "conv_backward"}
+    for need in needs:
+        assert need.registers <= 255
+        assert need.shared <= SHARED_LIMIT
+        assert capability != 90 or need.spilled <= {"block_backward": 160}.get(need.kernel, 0), need.kernel

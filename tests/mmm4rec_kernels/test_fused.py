@@ -187,6 +187,36 @@ def test_block_of_packed_sequences():
     agree(crossing, block_inputs("cross", 1, 12), groups=2, cu_seqlens=offsets, max_length=7)
 
 
+def test_block_of_packed_sequences_over_several_tiles():
+    inputs = block_inputs("self", 1, 70, heads=2, width=12, groups=1, state=5)
+    inputs.pop("time_factor_BLH")
+    offsets = torch.tensor([0, 3, 12, 32, 33, 46, 47, 66, 70], device=DEVICE)
+    agree(block, inputs, groups=1, skip="x", cu_seqlens=offsets, max_length=20)
+
+
+def test_block_of_short_sequences_with_lengths():
+    inputs = block_inputs("cross", 11, 6, heads=2)
+    lengths = torch.tensor([6, 0, 3, 1, 6, 2, 5, 6, 4, 6, 1], device=DEVICE)
+    agree(crossing, inputs, groups=2, lengths=lengths)
+
+
+def test_block_leaves_places_behind_the_last_sequence_zero():
+    from mmm4rec_kernels.block.ops import short_forward
+
+    b = {k: t.to(DEVICE) for k, t in block_inputs("self", 1, 20).items()}
+    b["projected"][:, 12:] = torch.nan
+    b["projected"].requires_grad_()
+    names = ("conv_weight_CK", "conv_bias_C", "A_log_H", "D_H", "dt_bias_H", "norm_weight_E")
+    tensors = (b["projected"], None, None, b["time_factor_BLH"], *(b[k] for k in names))
+    offsets = torch.tensor([0, 5, 12, 12], device=DEVICE)
+    out, *_ = short_forward(*tensors, offsets, True, 7, 2, 1e-12, True)
+    out.sum().backward()
+    assert (out[:, 12:] == 0).all()
+    assert (out[:, :12] != 0).any()
+    assert (b["projected"].grad[:, 12:] == 0).all()
+    assert b["projected"].grad.isfinite().all()
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 20, 31, 32, 33, 50, 63, 64, 65, 200])
@@ -197,7 +227,7 @@ def test_block_at_every_length(kind, length):
 
 
 def test_operators_are_well_formed(scan_inputs):
-    from mmm4rec_kernels.block.ops import ssd_block_forward
+    from mmm4rec_kernels.block.ops import short_forward, ssd_block_forward
     from mmm4rec_kernels.conv1d.ops import conv_forward
     from mmm4rec_kernels.norm.ops import norm_forward
     from mmm4rec_kernels.ssd.ops import scan_forward
@@ -216,6 +246,9 @@ def test_operators_are_well_formed(scan_inputs):
     names = ("conv_weight_CK", "conv_bias_C", "A_log_H", "D_H", "dt_bias_H", "norm_weight_E")
     tensors = (b["projected"], None, None, b["time_factor_BLH"], *(b[k] for k in names))
     torch.library.opcheck(ssd_block_forward, (*tensors, None, False, 3, 2, 1e-12, True), test_utils=checks)
+    offsets = torch.tensor([0, 1, 3], device=DEVICE)
+    for where in ((None, False), (offsets, True)):
+        torch.library.opcheck(short_forward, (*tensors, *where, 3, 2, 1e-12, True), test_utils=checks)
 
 
 def test_float64_is_refused(scan_inputs):

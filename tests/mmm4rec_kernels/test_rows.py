@@ -132,7 +132,7 @@ def test_the_fused_nadam_step_is_torchs():
         torch.testing.assert_close(value, theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="already inside")
+@pytest.mark.skipif(BY_KERNEL, reason="the kernels run here without it")
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_the_kernels_interpreted():
     pytest.importorskip("triton")

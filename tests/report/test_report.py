@@ -133,12 +133,49 @@ def test_runs_stand_side_by_side(report, shop):
     text = report("--run", runs[0].short_id, "--run", runs[1].short_id)
     page = Page(text)
     blocks = [head for head in page.all("th") if head.get("scope") == "colgroup"]
-    assert [block["colspan"] for block in blocks] == ["4", "4"]
+    assert [block["colspan"] for block in blocks[:2]] == ["4", "4"]
     for run in runs:
         assert run.short_id in text
         assert f"{run.result['metrics']['valid']['MRR']:.4f}" in text
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
+
+
+def test_segments_of_several_runs_stand_side_by_side_as_plots_and_figures(report, shop):
+    from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
+
+    runs = list(all_runs(shop))
+    text = report(*(f"--run={run.short_id}" for run in runs), "--by", "modality,length")
+    assert re.findall(r'<table class="sortable" id="segments-(\w+)"', text) == ["modality", "length"]
+    assert "New and known targets" not in text
+    metric = re.search(r"Test (\S+) of parts", text).group(1)
+    body = re.search(r'id="segments-length".*?<tbody>(.*?)</tbody>', text, re.DOTALL).group(1)
+    segments = [evaluate_run(shop, run, run.settings, segments=["length"])["segments"]["length"] for run in runs]
+    for group in segments[0]:
+        cells = re.search(rf'<th scope="row">{re.escape(group)}</th>(.*?)</tr>', body).group(1)
+        want = [text for one in segments for text in (f"{one[group]['n_users']:,}", f"{one[group][metric]:.4f}")]
+        assert re.findall(r"<td[^>]*>(.*?)</td>", cells) == want
+
+
+def test_unknown_segments_are_refused(shop, capsys):
+    assert main(["report", "--workspace", str(shop.root), "--by", "lenght"]) == 2
+    assert "lenght" in capsys.readouterr().err
+
+
+def test_a_published_domain_shows_the_published_row_beside_ours(workspace, make_domain, small_settings, tmp_path):
+    make_domain("scientific", users=20)
+    settings = small_settings(evaluate={"k": (5, 10, 20)}, finetune={"epochs": 1, "metric": "NDCG@10"})
+    finetune(workspace, "scientific", settings, pretrained="none")
+    assert main(["report", "--workspace", str(workspace.root), "--out", str(tmp_path / "r.html"), "--quiet"]) == 0
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    heads = re.findall(r'<th scope="col" class="n">(.*?)</th>', text)
+    assert heads[:5] == ["valid", "test", "popularity", "repeat last", "published"]
+    for name, value in (("Hit@10", "0.1348"), ("NDCG@20", "0.0847"), ("Hit@5", "–"), ("MRR", "–")):
+        row = re.search(rf'<tr><th scope="row">{name}</th>(.*?)</tr>', text).group(1)
+        assert re.findall(r"<td[^>]*>(.*?)</td>", row)[4] == value
+    assert "published: 0.0724" in text
+    assert "figures of the reference's own logs" in text
+    assert "8,442 users, 4,385 items, item bias on, best epoch 13): not the same users and items as here" in text
 
 
 def test_pictures_are_small_and_missing_ones_have_a_placeholder(report, shop):

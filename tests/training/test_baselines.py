@@ -51,7 +51,8 @@ def test_the_commands_take_a_baseline(workspace, make_domain, capsys, model):
     assert (code, len(answer["users"][0]["items"])) == (0, 3)
     # torch.export warns about the flat weights of its own GRU.
     form = "safetensors" if model == "gru4rec" else "torch"
-    code, made = run(capsys, workspace, "export", "--run", trained["run"], "--format", form, "--out", "served")
+    out = str(workspace.root / "served")
+    code, made = run(capsys, workspace, "export", "--run", trained["run"], "--format", form, "--out", out)
     assert code == 0, made
     assert (code, made["width"]) == (0, 48 if model == "m3rec" else 16)
     code, _ = run(capsys, workspace, "report", "--run", trained["run"])

@@ -12,7 +12,7 @@ import torch
 from mmm4rec_kernels import arguments, sequences
 from mmm4rec_kernels.backend import choose
 from mmm4rec_kernels.block import composed
-from mmm4rec_kernels.block.ops import ssd_block_forward
+from mmm4rec_kernels.block.ops import several_in_a_tile, short_forward, ssd_block_forward
 from mmm4rec_kernels.block.parts import CrossProjections, cut
 from mmm4rec_kernels.ssd import Skip
 from mmm4rec_kernels.ssd.ops import MAX_WIDTH
@@ -87,7 +87,8 @@ def ssd_block(
         longest = main.shape[1] if cu_seqlens is None else max_length or sequences.longest(cu_seqlens)
         crossing = projected if isinstance(projected, CrossProjections) else None
         out: torch.Tensor
-        out, *_ = ssd_block_forward(
+        several = several_in_a_tile(cu_seqlens is not None, longest)
+        out, *_ = (short_forward if several else ssd_block_forward)(
             main,
             None if crossing is None else crossing.z,
             None if crossing is None else crossing.C,

@@ -109,7 +109,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of projected, z, C, factor (empty where absent) and, one behind the other, of the parameters.
 
-    The parameters' order is taps [C, K], bias [C], norm [E], A_log [H], D [H], dt_bias [H], all float32.
+    The parameters' order is taps [C, K], bias [C], norm [E], D [H], A_log [H], dt_bias [H], all float32.
     """
     scale, y, kept, *acts = saved
     heads, width, taps = A_log.shape[0], norm.shape[0], weight.shape[1]
@@ -162,5 +162,5 @@ def backward(
         d_taps.append(flat[: (to - at) * taps])
         d_bias.append(flat[(to - at) * taps :])
         at = to
-    flat = torch.cat([*d_taps, *d_bias, d_norm, sums[0] * A, sums[2], sums[1]])
+    flat = torch.cat([*d_taps, *d_bias, d_norm, sums[2], sums[0] * A, sums[1]])
     return d_projected, d_z, d_C, d_factor, flat

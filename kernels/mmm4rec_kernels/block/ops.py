@@ -1,7 +1,7 @@
-"""The fused block as operators of torch, with shapes for tracing and a gradient.
+"""The fused block as operators of torch, with shapes for tracing and a gradient: for short sequences and for any.
 
-The kernels are imported when one runs. Letters as in `fused`, whose `forward` explains the arguments. K is the
-number of tiles of a sequence in the scan.
+The kernels are imported when one runs. Letters as in `short` and `fused`, whose `forward` explain the arguments. K is
+the number of tiles of a sequence in the scan.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from typing import Any
 import torch
 
 from mmm4rec_kernels.ssd.ops import tile_count
+
+SHORT, SHORT_PACKED = 8, 32
+"""Longest sequences for which several in one tile were faster, forward and backward together, on an H200."""
+
+
+def several_in_a_tile(packed: bool, longest: int) -> bool:
+    """Whether the operator for short sequences takes a call."""
+    return longest <= (SHORT_PACKED if packed else SHORT)
 
 
 @torch.library.custom_op("mmm4rec_kernels::ssd_block", mutates_args=())
@@ -178,13 +186,20 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> t
     if grad is None:
         return (None,) * 16
     saved = ctx.saved_tensors
-    _projected, z, C, factor, weight, bias, A_log, D, dt_bias, norm, _ends = saved[5:]
-    packed, longest, groups, skip_dt = ctx.options
-    d_projected, d_z, d_C, d_factor, flat = ssd_block_backward(grad, *saved, packed, longest, groups, skip_dt)
-    parameters = (weight, bias, norm, A_log, D, dt_bias)
-    d_weight, d_bias, d_norm, d_A_log, d_D, d_dt_bias = (
+    return _gradients(ssd_block_backward(grad, *saved, *ctx.options), saved[5:15])
+
+
+def _gradients(
+    results: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """What autograd wants, from a backward operator's results and the tensors that it was given."""
+    d_projected, d_z, d_C, d_factor, flat = results
+    _, z, C, factor, *parameters = inputs
+    weight, bias, A_log, D, dt_bias, norm = (p for p in parameters if p is not None)
+    order = (weight, bias, norm, D, A_log, dt_bias)
+    d_weight, d_bias, d_norm, d_D, d_A_log, d_dt_bias = (
         part.view(p.shape).to(p.dtype)
-        for part, p in zip(torch.split(flat, [p.numel() for p in parameters]), parameters, strict=True)
+        for part, p in zip(torch.split(flat, [p.numel() for p in order]), order, strict=True)
     )
     return (
         d_projected,
@@ -202,3 +217,147 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> t
 
 
 ssd_block_forward.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("mmm4rec_kernels::ssd_block_short", mutates_args=())
+def short_forward(
+    projected: torch.Tensor,
+    z: torch.Tensor | None,
+    C: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm: torch.Tensor,
+    ends: torch.Tensor | None,
+    packed: bool,
+    longest: int,
+    groups: int,
+    eps: float,
+    skip_dt: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalised output [B, L, E], 1/rms [B, L], steps [3, H, T], each place's sequence [2, T], taps [K, C]."""
+    from mmm4rec_kernels.block import short
+
+    return short.forward(
+        projected,
+        z,
+        C,
+        factor,
+        weight,
+        bias,
+        A_log,
+        D,
+        dt_bias,
+        norm,
+        ends,
+        packed,
+        longest,
+        groups,
+        eps,
+        skip_dt,
+    )
+
+
+@short_forward.register_fake
+def _short_shapes(projected: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    batch, length = projected.shape[:2]
+    weight, A_log, norm, packed = (arguments[i] for i in (3, 5, 8, 10))
+    rows = batch * length
+    return (
+        projected.new_empty(batch, length, norm.shape[0]),
+        projected.new_empty(batch, length, dtype=torch.float32),
+        projected.new_empty(3, A_log.shape[0], rows, dtype=torch.float32),
+        projected.new_empty((2, rows) if packed else (0,), dtype=torch.int32),
+        weight.new_empty(weight.shape[1], weight.shape[0]),
+    )
+
+
+@torch.library.custom_op("mmm4rec_kernels::ssd_block_short_backward", mutates_args=())
+def short_backward(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor,
+    steps: torch.Tensor,
+    places: torch.Tensor,
+    turned: torch.Tensor,
+    projected: torch.Tensor,
+    z: torch.Tensor | None,
+    C: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm: torch.Tensor,
+    ends: torch.Tensor | None,
+    packed: bool,
+    longest: int,
+    groups: int,
+    skip_dt: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of projected, z, C, factor (empty where absent) and of all parameters, one behind the other."""
+    from mmm4rec_kernels.block import short
+
+    return short.backward(
+        grad.contiguous(),
+        out,
+        scale,
+        steps,
+        places,
+        turned,
+        projected,
+        z,
+        C,
+        factor,
+        weight,
+        bias,
+        A_log,
+        D,
+        dt_bias,
+        norm,
+        ends,
+        packed,
+        longest,
+        groups,
+        skip_dt,
+    )
+
+
+@short_backward.register_fake
+def _short_backward_shapes(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor,
+    steps: torch.Tensor,
+    places: torch.Tensor,
+    turned: torch.Tensor,
+    *tensors: Any,
+) -> tuple[torch.Tensor, ...]:
+    projected, z, C, factor, weight, bias, A_log, D, dt_bias, norm = tensors[:10]
+
+    def like(t: torch.Tensor | None) -> torch.Tensor:
+        return projected.new_empty(0) if t is None else t.new_empty(t.shape)
+
+    size = sum(t.numel() for t in (weight, bias, norm, A_log, D, dt_bias))
+    return like(projected), like(z), like(C), like(factor), projected.new_empty(size, dtype=torch.float32)
+
+
+def _save_short(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.options = (*inputs[11:14], inputs[15])
+    ctx.save_for_backward(*output, *inputs[:11])
+
+
+def _backward_short(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 16
+    saved = ctx.saved_tensors
+    return _gradients(short_backward(grad, *saved, *ctx.options), saved[5:15])
+
+
+short_forward.register_autograd(_backward_short, setup_context=_save_short)

@@ -99,6 +99,7 @@ def conv_backward(
     C: tl.constexpr,
     TAPS: tl.constexpr,
     ROW: tl.constexpr,
+    ROW_G: tl.constexpr,
     ROW_D: tl.constexpr,
     ALIGN: tl.constexpr,
     ENDS: tl.constexpr,
@@ -130,7 +131,7 @@ def conv_backward(
             row_at = first
         else:
             row_at = tl.cast(i_s, tl.int64) * length
-        p_g = p_grad + row_at * C
+        p_g = p_grad + row_at * ROW_G
         p_dx = p_d + row_at * ROW_D
         end = tl.minimum(start + RUN, count)
         b_1 = row(p_x, start - 1, o_c, m_c, 0, count, ROW)
@@ -141,7 +142,7 @@ def conv_backward(
         g_3 = tl.zeros([BC], tl.float32)
         for t in tl.range(start, end + TAPS - 1, loop_unroll_factor=4):
             b_0 = row(p_x, t, o_c, m_c, 0, count, ROW)
-            g_0 = row(p_g, t, o_c, m_c, 0, count, C)
+            g_0 = row(p_g, t, o_c, m_c, 0, count, ROW_G)
             if SILU:
                 b_y = b_bias + w_0 * b_0 + w_1 * b_1 + w_2 * b_2 + w_3 * b_3
                 b_gate = sigmoid(b_y)
@@ -232,11 +233,29 @@ def backward(
     silu: bool,
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of x, and of taps [C, K] and bias [C] one behind the other in float32.
-
-    `into` receives the gradient of x: [B, L, C], its columns contiguous and its places a fixed stride apart.
-    """
+    """Gradient of x, and of taps [C, K] and bias [C] one behind the other in float32."""
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
+    return d_x, backward_sums(grad, x, weight, bias, ends, packed, longest, silu, d_x).sum(0)
+
+
+def backward_sums(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    packed: bool,
+    longest: int,
+    silu: bool,
+    d_x: torch.Tensor,
+) -> torch.Tensor:
+    """Shares of the gradients of taps and bias, [programs, CK + C], still to be added.
+
+    `d_x` receives the gradient of x: [B, L, C], its columns contiguous and its places a fixed stride apart. It may be
+    `grad` itself if no sequence is longer than one run: a place is read before it is written.
+    """
+    if grad.stride(2) != 1 or (grad.shape[0] > 1 and grad.stride(0) != grad.shape[1] * grad.stride(1)):
+        grad = grad.contiguous()
     channels, taps = weight.shape
     sequences, run, runs, columns = _shape(x, ends, packed, longest)
     blocks = triton.cdiv(channels, columns)
@@ -250,7 +269,7 @@ def backward(
             weight,
             bias,
             ends,
-            grad.contiguous(),
+            grad,
             d_x,
             sums,
             x.shape[1],
@@ -260,6 +279,7 @@ def backward(
             C=channels,
             TAPS=taps,
             ROW=x.stride(1),
+            ROW_G=grad.stride(1),
             ROW_D=d_x.stride(1),
             ALIGN=unit,
             ENDS=0 if ends is None else 2 if packed else 1,
@@ -268,4 +288,4 @@ def backward(
             BC=columns,
             num_warps=WARPS[x.element_size()],
         )
-    return d_x, sums.sum(0)
+    return sums
