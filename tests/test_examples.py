@@ -63,6 +63,27 @@ def test_the_benchmark_of_the_tables_ends_with_equal_rows(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_comparison_of_the_baselines_ends_in_a_table_with_its_commands(workspace, make_domain, tmp_path):
+    make_domain()
+    inputs, out, page = tmp_path / "inputs.npz", tmp_path / "out", tmp_path / "page.md"
+
+    def script(*words: object) -> None:
+        command = [sys.executable, EXAMPLES / "benchmarks" / "baselines.py", *map(str, words)]
+        subprocess.run(command, check=True, timeout=200)
+
+    script("prepare", workspace.root, "ring", "--encoder", "test", "--out", inputs)
+    models = ["gru4rec", "mmm4rec"]
+    small = ["--processes", 1, "--epochs", 1, "--points", 1, "--seconds", 150, "--device", "cpu", "--models", *models]
+    script("run", inputs, "--out", out, *small)
+    script("page", out, "--out", page)
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert {(row["model"], row["seed"]) for row in rows} == {(m, s) for m in models for s in (1, 2, 3)}
+    text = page.read_text()
+    assert all(f"| {name} | 3 |" in text for name in models)
+    assert text.count("mmm4rec finetune --domain ring --model") == 2
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_the_encoding_gives_the_loops_vectors(tmp_path):
     script, out = EXAMPLES / "benchmarks" / "embed.py", tmp_path / "out.jsonl"
     sizes = ["--items", "80", "--pictures", "70", "--loop-items", "65", "--side", "60", "--tiny"]

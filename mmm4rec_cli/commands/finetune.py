@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmm4rec_cli.commands.invocation import Invocation, Result, command, curves_of
-from mmm4rec_cli.settings.presets import MODELS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,7 +35,12 @@ def finetune(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help=f"mmm4rec or a baseline: {', '.join(MODELS)}", metavar="NAME", show_default=True)
+        str,
+        typer.Option(
+            help="mmm4rec or a baseline: gru4rec, sasrec, sasrec-t, bsarec, mamba4rec, mamba4rec-t, tim4rec, "
+            "tim4rec-t, m3rec, hm4sr, athwe, unisrec",
+            metavar="NAME",
+        ),
     ] = "mmm4rec",
     encoder: Annotated[
         str | None, typer.Option(help="encoder of the item vectors", show_default="features.encoder = siglip")

@@ -19,6 +19,7 @@ def pretrain(
         list[str] | None,
         typer.Option(help="domain to train on (repeatable: all of them together)", show_default="the mix"),
     ] = None,
+    model: Annotated[str, typer.Option(help="mmm4rec or a baseline, such as unisrec", metavar="NAME")] = "mmm4rec",
     encoder: Annotated[
         str | None, typer.Option(help="encoder of the item vectors", show_default="features.encoder = siglip")
     ] = None,
@@ -51,16 +52,18 @@ def pretrain(
         "runtime.device": device,
     }
     run = None if resume is None else find_run(workspace, resume)
+    if run is not None:
+        model = run.about["model"]
     domains = run.about["domains"] if run is not None and not (mix or domain) else [*(domain or [mix or DEFAULT_MIX])]
     domains = [check_domain(workspace, name) for name in dict.fromkeys(domains)]
-    resolved = invocation.resolved(domain=domains[0] if len(domains) == 1 else None, options=options)
+    resolved = invocation.resolved(domain=domains[0] if len(domains) == 1 else None, model=model, options=options)
     settings = resolved.settings
     if run is not None:
         settings = for_run(run.settings_document, resolved, run=run.id, reporter=reporter)
     elif not resolved.is_set("features.encoder"):
         features = encoder_at_hand(workspace, domains, settings.features)
         settings = settings.model_copy(update={"features": features})
-    result = train(workspace, domains, settings, resume=run, reporter=reporter)
+    result = train(workspace, domains, settings, model=model, resume=run, reporter=reporter)
     shown = (
         f"pre-trained on {result['domain']}: {result['epochs']} epochs, loss {result['loss']:.4f}, "
         f"{result['seconds']:.1f} s; run {result['run']}"

@@ -54,6 +54,7 @@ def _baseline(
     return {
         "model": ours | {"baseline": {"attention_dropout": dropout, **(baseline or {})}},
         "finetune": {**plan, "shuffle": False, **(finetune or {})},
+        "pretrain": plan,
     }
 
 

@@ -11,6 +11,7 @@ from mmm4rec_cli.app import main
 from mmm4rec_cli.data.dataset import load_dataset
 from mmm4rec_cli.data.tables import read_tables, write_tables
 from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
+from mmm4rec_cli.models.registry import MODELS
 from mmm4rec_cli.runs import newest_run
 from mmm4rec_cli.settings.schema import Optimisation, Settings
 from mmm4rec_cli.training.finetune import finetune
@@ -50,11 +51,18 @@ def test_the_commands_take_a_baseline(workspace, make_domain, capsys, model):
     assert (code, len(answer["users"][0]["items"])) == (0, 3)
     # torch.export warns about the flat weights of its own GRU.
     form = "safetensors" if model == "gru4rec" else "torch"
-    code, made = run(capsys, workspace, "export", "--run", trained["run"], "--format", form, "--out", "served")
+    out = str(workspace.root / "served")
+    code, made = run(capsys, workspace, "export", "--run", trained["run"], "--format", form, "--out", out)
     assert code == 0, made
     assert (code, made["width"]) == (0, 48 if model == "m3rec" else 16)
     code, _ = run(capsys, workspace, "report", "--run", trained["run"])
     assert code == 0
+
+
+def test_help_names_every_model(capsys):
+    assert main(["finetune", "--help"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert not [name for name in MODELS if name not in shown.replace("│", "")]
 
 
 def test_the_same_seed_gives_the_same_run(workspace, make_domain, small_settings):
