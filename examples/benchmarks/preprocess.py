@@ -1,7 +1,7 @@
 """Tables of the pre-training mix at full size: this library beside plain Python sets and dictionaries.
 
-    python examples/benchmarks/preprocess.py --share 0.1 --folder /tmp/mix            # both sides, rows compared
-    python examples/benchmarks/preprocess.py --share 1 --only ours --folder /tmp/mix  # 46 million ratings
+    python examples/benchmarks/preprocess.py --share 0.1 --folder mix            # both sides, rows compared
+    python examples/benchmarks/preprocess.py --share 1 --only ours --folder mix  # 46 million ratings
 
 Raw files of the size and shape of the mix's five categories are written first (synthetic: ratings grouped by item,
 power-law users, log-normal items, 2 % exact duplicates, day stamps, whole metadata lines of which some are Python

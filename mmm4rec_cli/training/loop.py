@@ -55,7 +55,8 @@ def epoch_targets(sequences: Sequences, task: Task, seed: int, epoch: int) -> Te
     With `prefixes = n` each user has up to n targets, drawn anew every epoch. Without `shuffle` they stand by user and
     time.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    # An unseeded run has a 64-bit seed of its own; a generator takes no more than that.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     targets = task.targets
     order = torch.randperm(len(targets), generator=generator).to(targets.device)
     if task.optimisation.prefixes != "all":

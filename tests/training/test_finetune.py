@@ -249,3 +249,11 @@ def test_every_treatment_of_missing_vectors_and_time_trains(workspace, make_doma
     assert 0 <= result["metrics"]["test"]["MRR"] <= 1
     names = read_weights(find_run(workspace, result["run"]).weights).keys()
     assert ("image.missing" in names) == (missing == "learned")
+
+
+def test_an_unseeded_pretraining_runs(workspace, make_domain, small_settings, monkeypatch):
+    make_domain()
+    monkeypatch.setattr(torch, "seed", lambda: 2**64 - 5)
+    settings = small_settings(protocol="published", pretrain={"epochs": 1})
+    assert not settings.pretrain.seeded
+    assert pretrain(workspace, ["ring"], settings)["epochs"] == 1
