@@ -1,31 +1,43 @@
 """Which implementation of an operation runs: what can run here, and why the rest cannot.
 
 Nothing is imported to find out: a backend is looked for on the import path only, so asking is cheap and without effect.
+Kernels of other projects run where they are named; "auto" keeps to the house's own, whose results repeat bit for bit.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 _log = logging.getLogger("mmm4rec_kernels")
 
 OPERATIONS: Mapping[str, tuple[str, ...]] = {
-    "ssd": ("reference", "torch", "triton"),
-    "causal_conv1d": ("reference", "torch", "triton"),
+    "ssd": ("reference", "torch", "triton", "mamba_ssm"),
+    "causal_conv1d": ("reference", "torch", "triton", "causal_conv1d"),
     "gated_rms_norm": ("reference", "torch", "triton"),
     "ssd_block": ("reference", "torch", "triton"),
     "softmax_cross_entropy": ("reference", "torch", "triton"),
     "lookup": ("reference", "torch", "triton"),
     "compare_counts": ("reference", "torch", "triton"),
 }
+
+OTHERS: Mapping[str, tuple[str, str]] = {
+    "mamba_ssm": ("mamba-ssm", "selective_scan_cuda"),
+    "causal_conv1d": ("causal-conv1d", "causal_conv1d_cuda"),
+}
+"""Backends of other projects, named as their packages: distribution, and the compiled module that its import needs."""
+
+INSTALL_OTHERS = "pip install --no-build-isolation 'mmm4rec[cuda]'"
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,38 @@ def _probe_triton() -> Availability:
     return Availability(True, f"triton {version}, {torch.cuda.get_device_name()}")
 
 
+_failed: dict[str, str] = {}
+"""Why the import of a backend failed when it was tried."""
+
+
+def _probe_other(package: str) -> Availability:
+    distribution, extension = OTHERS[package]
+    version = _version(package, distribution)
+    if version is None:
+        return Availability(False, f"{distribution} is not installed ({INSTALL_OTHERS}, which compiles it)")
+    name = f"{distribution} {version}"
+    if package in _failed:
+        return Availability(False, f"{name}: {_failed[package]}")
+    if package not in sys.modules and importlib.util.find_spec(extension) is None:
+        return Availability(False, f"{name} lies here without its compiled {extension}, so it cannot be imported")
+    if not torch.cuda.is_available():
+        return Availability(False, f"{name} is installed, but torch sees no CUDA device")
+    return Availability(True, f"{name}, {torch.cuda.get_device_name()}")
+
+
+def load(backend: str, module: str) -> ModuleType:
+    """A module of another project, imported at the first call that needs it.
+
+    Raises:
+        BackendUnavailable: if the import fails, whatever the reason; `availability` then knows it too.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        _failed[backend] = f"import {module} failed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        raise BackendUnavailable(f"backend {backend!r} cannot run here: {_failed[backend]}") from error
+
+
 def availability(backend: str) -> Availability:
     """Whether one backend can run on this machine.
 
@@ -82,6 +126,8 @@ def availability(backend: str) -> Availability:
         return Availability(True, f"torch {torch.__version__}, any device")
     if backend == "triton":
         return _probe_triton()
+    if backend in OTHERS:
+        return _probe_other(backend)
     raise ValueError(f"backend: no backend is called {backend!r}")
 
 
@@ -102,7 +148,7 @@ def choose(operation: str, backend: str, tensor: torch.Tensor, *, fits: bool = T
         operation: name of the public function.
         backend: "auto" or an explicit name.
         tensor: main input; its device and dtype decide under "auto".
-        fits: whether the Triton kernels can take this call (sizes, options).
+        fits: whether the Triton kernels can take this call (sizes, options); adapters look for themselves.
         unfit: the reason when they cannot.
 
     Returns:
@@ -131,6 +177,6 @@ def choose(operation: str, backend: str, tensor: torch.Tensor, *, fits: bool = T
         raise BackendUnavailable(f"{operation}: backend {backend!r} needs CUDA tensors, got {tensor.device}")
     if tensor.dtype == torch.float64:
         raise BackendUnavailable(f"{operation}: backend {backend!r} has no float64; use 'torch' or 'reference'")
-    if not fits:
+    if backend == "triton" and not fits:
         raise BackendUnavailable(f"{operation}: backend {backend!r} cannot take this call: {unfit}")
     return backend

@@ -69,3 +69,9 @@ def pack(padded: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
 def longest(cu_seqlens: torch.Tensor) -> int:
     """Length of the longest packed sequence (waits for the device)."""
     return int(cu_seqlens.diff().max())
+
+
+def numbers(cu_seqlens: torch.Tensor, places: int) -> torch.Tensor:
+    """[1, T] int32: which of the packed sequences each of the `places` belongs to."""
+    order = torch.arange(cu_seqlens.numel() - 1, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.repeat_interleave(order, cu_seqlens.diff(), output_size=places)[None]

@@ -67,6 +67,23 @@ def test_padding_and_packing_change_nothing(scan_inputs, backend):
             torch.testing.assert_close(ssd(**alone, backend=backend)[0], padded[row, :length], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_padding_reaches_no_gradient(scan_inputs, run, backend):
+    inputs, lengths = scan_inputs(3, 9), torch.tensor([5, 1, 9])
+    clean = run(ssd, inputs, lengths=lengths, backend=backend)
+    for k in ("x", "dt", "B", "C"):
+        inputs[k][0, 5:] = torch.nan
+    dirty = run(ssd, inputs, lengths=lengths, backend=backend)
+    assert all(torch.equal(clean[k], dirty[k]) for k in clean)
+
+
+def test_a_bound_on_packed_lengths_changes_nothing(scan_inputs, run):
+    inputs, offsets = scan_inputs(1, 9), torch.tensor([0, 3, 3, 9])
+    read = run(ssd, inputs, cu_seqlens=offsets, backend="torch")
+    given = run(ssd, inputs, cu_seqlens=offsets, max_length=8, backend="torch")
+    assert not disagreement(given, read, read)
+
+
 @pytest.mark.parametrize("length", [20, 150])
 def test_later_places_do_not_reach_back(scan_inputs, length):
     inputs = scan_inputs(2, length)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from mmm4rec_kernels import arguments, sequences
 from mmm4rec_kernels.backend import choose
-from mmm4rec_kernels.conv1d import eager, reference
+from mmm4rec_kernels.conv1d import adapter, eager, reference
 from mmm4rec_kernels.conv1d.ops import conv_forward
 
 __all__ = ["causal_conv1d"]
@@ -26,6 +26,7 @@ def causal_conv1d(
     activation: Literal["silu"] | None = None,
     lengths: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    max_length: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Causal depthwise convolution, with an optional SiLU behind it.
@@ -40,7 +41,9 @@ def causal_conv1d(
         activation: "silu" or None.
         lengths: [B] int, sequences are right-padded: the result is 0 behind each end.
         cu_seqlens: [S + 1] int offsets of S packed sequences; then x is [1, T, C].
-        backend: "auto", "reference", "torch" or "triton".
+        max_length: with cu_seqlens, a bound on the longest sequence; None reads it from the device, which waits.
+        backend: "auto", "reference", "torch", "triton" or "causal_conv1d" (the package causal-conv1d on a GPU; C must
+            be a multiple of 8).
 
     Returns:
         [B, L, C] in the dtype of x.
@@ -72,14 +75,16 @@ def causal_conv1d(
             bias,
             lengths if cu_seqlens is None else cu_seqlens,
             cu_seqlens is not None,
-            length if cu_seqlens is None else sequences.longest(cu_seqlens),
+            length if cu_seqlens is None else max_length or sequences.longest(cu_seqlens),
             activation == "silu",
         )
         return out
+    if chosen == "causal_conv1d":
+        return adapter.convolve(x_BLC, weight_CK, bias, activation, lengths, cu_seqlens)
     compute = torch.promote_types(x_BLC.dtype, torch.float32)
     x, weight = x_BLC.to(compute), weight_CK.to(compute)
     if cu_seqlens is not None:
-        x = sequences.unpack(x, cu_seqlens, sequences.longest(cu_seqlens))
+        x = sequences.unpack(x, cu_seqlens, max_length or sequences.longest(cu_seqlens))
     convolve = reference.convolve if chosen == "reference" else eager.convolve
     y = convolve(x, weight, None if bias is None else bias.to(compute))
     if activation == "silu":

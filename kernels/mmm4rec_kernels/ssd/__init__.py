@@ -11,7 +11,7 @@ import torch
 
 from mmm4rec_kernels import arguments, sequences
 from mmm4rec_kernels.backend import choose
-from mmm4rec_kernels.ssd import eager, reference
+from mmm4rec_kernels.ssd import adapter, eager, reference
 from mmm4rec_kernels.ssd.ops import MAX_WIDTH, scan_forward
 from mmm4rec_kernels.ssd.steps import step_sizes
 
@@ -37,6 +37,7 @@ def ssd(
     return_final_states: Literal[False] = ...,
     lengths: torch.Tensor | None = ...,
     cu_seqlens: torch.Tensor | None = ...,
+    max_length: int | None = ...,
     backend: str = ...,
 ) -> torch.Tensor: ...
 
@@ -58,6 +59,7 @@ def ssd(
     return_final_states: Literal[True],
     lengths: torch.Tensor | None = ...,
     cu_seqlens: torch.Tensor | None = ...,
+    max_length: int | None = ...,
     backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -78,6 +80,7 @@ def ssd(
     return_final_states: bool = False,
     lengths: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    max_length: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Selective scan with one scalar decay a head.
@@ -102,7 +105,9 @@ def ssd(
         return_final_states: also return S behind each sequence's last place.
         lengths: [B] int, sequences are right-padded: y is 0 behind each end, and nothing there reaches the result.
         cu_seqlens: [S + 1] int offsets of S packed sequences; the leading dimensions are then [1, T], of states [S].
-        backend: "auto", "reference", "torch" or "triton".
+        max_length: with cu_seqlens, a bound on the longest sequence; None reads it from the device, which waits.
+        backend: "auto", "reference", "torch", "triton" or "mamba_ssm" (the package mamba-ssm on a GPU: its products of
+            float32 are single TF32 ones, its results need not repeat bit for bit).
 
     Returns:
         y [B, L, H, P] in the dtype of x; with return_final_states also the states [B, H, P, N] (float32 at least).
@@ -126,28 +131,49 @@ def ssd(
             initial_states,
             lengths if cu_seqlens is None else cu_seqlens,
             cu_seqlens is not None,
-            x.shape[1] if cu_seqlens is None else sequences.longest(cu_seqlens),
+            x.shape[1] if cu_seqlens is None else max_length or sequences.longest(cu_seqlens),
             dt_softplus,
             None if dt_limit is None else list(dt_limit),
             skip == "dt_x",
             return_final_states,
         )
         return (y, last) if return_final_states else y
+    final: torch.Tensor | None
+    if chosen == "mamba_ssm":
+        y, final = adapter.scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            dt_bias,
+            softplus=dt_softplus,
+            limit=dt_limit,
+            skip=skip,
+            initial=initial_states,
+            want_final=return_final_states,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+        )
+        return y if final is None else (y, final)
     compute = torch.promote_types(x.dtype, torch.float32)
     x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN = (t.to(compute) for t in (x, dt, A, B, C))
     D_HP = None if D is None else D.to(compute).reshape(x.shape[2], -1)
     initial = None if initial_states is None else initial_states.to(compute)
+    if lengths is not None:
+        # Raw step sizes too, or what stands behind an end would reach the gradient of dt_bias.
+        outside = ~sequences.mask(lengths, x.shape[1])
+        dt_BLH = dt_BLH.masked_fill(outside[..., None], 0)
     dt_BLH = step_sizes(dt_BLH, None if dt_bias is None else dt_bias.to(compute), dt_softplus, dt_limit)
     if cu_seqlens is not None:
-        longest = sequences.longest(cu_seqlens)
+        longest = max_length or sequences.longest(cu_seqlens)
         x_BLHP, dt_BLH, B_BLGN, C_BLGN = (
             sequences.unpack(t, cu_seqlens, longest) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN)
         )
     if lengths is not None:
-        outside = ~sequences.mask(lengths, x.shape[1])
         dt_BLH = dt_BLH.masked_fill(outside[..., None], 0)
         x_BLHP, B_BLGN, C_BLGN = (t.masked_fill(outside[..., None, None], 0) for t in (x_BLHP, B_BLGN, C_BLGN))
-    final: torch.Tensor | None
     if chosen == "reference":
         y, final = reference.scan(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_HP, skip, initial)
     else:
