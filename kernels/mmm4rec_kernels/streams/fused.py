@@ -5,8 +5,8 @@
 Letters: N rows (streams and users), H heads, T places, F bins, K taps; BR, BT, BF are the sides of tiles. A program
 takes BR rows, in `stage` of one head, so that a convolution over places is a product with a banded matrix that holds
 the head's taps. Everything between reading the rows and writing the results stays in registers, and backward computes
-it again. Products are made of three TF32 ones, about float32, whatever torch does with its own: they cost nothing
-here. Gradients of parameters are left as one line a program and added in a fixed order: results repeat bit for bit.
+it again. Products are taken as torch takes its own, but for the Fourier transform, which is always about float32.
+Gradients of parameters are left as one line a program and added in a fixed order: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import torch
 import triton
 import triton.language as tl
 
+from mmm4rec_kernels.launch import precision
 from mmm4rec_kernels.tiles import sigmoid
 
 ROWS = 64
 """Rows of a program."""
 WARPS = 4
+EXACT = tl.constexpr("tf32x3")
 
 
 @triton.jit
-def mul(a, b):
-    return tl.dot(a, b, input_precision="tf32x3", out_dtype=tl.float32)
+def mul(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def silu_slope(v):
 
 @triton.jit
 def tanhshrink(v):
-    """v - tanh(v): near 0, where the difference would lose all digits, by its series."""
+    """Of v minus tanh(v): near 0, where the difference would lose all digits, by its series."""
     s = v * v
     b_near = 21844.0 / 6081075.0
     b_near = -1382.0 / 155925.0 + s * b_near
@@ -122,6 +124,7 @@ def stage_forward(
     H: tl.constexpr,
     T: tl.constexpr,
     K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -136,11 +139,11 @@ def stage_forward(
     b_in = b_r
     if p_seed is not None:
         b_in = b_r * kept(p_seed, o_element, p)
-    b_a = mul(b_in, square(p_w1, T, T, BT)) + line(p_b1, 1, T, BT)[None, :]
-    b_f = mul(b_a * sigmoid(b_a), square(p_w2, T, T, BT)) + line(p_b2, 1, T, BT)[None, :]
-    b_u = mul(tanhshrink(b_f) * b_r, banded(p_c1, i_h, T, K, BT)) + tl.load(p_d1 + i_h).to(tl.float32)
+    b_a = mul(b_in, square(p_w1, T, T, BT), PRECISION) + line(p_b1, 1, T, BT)[None, :]
+    b_f = mul(b_a * sigmoid(b_a), square(p_w2, T, T, BT), PRECISION) + line(p_b2, 1, T, BT)[None, :]
+    b_u = mul(tanhshrink(b_f) * b_r, banded(p_c1, i_h, T, K, BT), PRECISION) + tl.load(p_d1 + i_h).to(tl.float32)
     b_y = tl.where(m_t, b_u * sigmoid(b_u), 0.0)
-    b_v = mul(b_y, banded(p_c2, i_h, T, K, BT)) + tl.load(p_d2 + i_h).to(tl.float32)
+    b_v = mul(b_y, banded(p_c2, i_h, T, K, BT), PRECISION) + tl.load(p_d2 + i_h).to(tl.float32)
     b_w = b_v * sigmoid(b_v)
     tl.store(p_w + (o_r.to(tl.int64)[:, None] * T + o_t[None, :]) * H + i_h, b_w, mask=mask)
     if GATES > 0:
@@ -149,7 +152,7 @@ def stage_forward(
             b_in = b_r * kept(p_seed, o_element + rows * (H * T), p)
         step = T if GATES > 1 else 0
         unit = 1 if GATES > 1 else 0
-        b_gate = sigmoid(mul(b_in, square(p_wg, step, T, BT)) + line(p_bg, unit, T, BT)[None, :])
+        b_gate = sigmoid(mul(b_in, square(p_wg, step, T, BT), PRECISION) + line(p_bg, unit, T, BT)[None, :])
         b_n = tl.where(m_t, b_w + b_gate * (b_r - b_w), 0.0)
         b_centred = tl.where(m_t, b_n - (tl.sum(b_n, 1) / T)[:, None], 0.0)
         b_scale = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, 1) / T + eps)
@@ -189,6 +192,7 @@ def stage_backward(
     H: tl.constexpr,
     T: tl.constexpr,
     K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -206,14 +210,14 @@ def stage_backward(
         b_in = b_r * kept(p_seed, o_element, p)
     b_w1, b_w2 = square(p_w1, T, T, BT), square(p_w2, T, T, BT)
     b_c1, b_c2 = banded(p_c1, i_h, T, K, BT), banded(p_c2, i_h, T, K, BT)
-    b_a = mul(b_in, b_w1) + line(p_b1, 1, T, BT)[None, :]
+    b_a = mul(b_in, b_w1, PRECISION) + line(p_b1, 1, T, BT)[None, :]
     b_s = b_a * sigmoid(b_a)
-    b_f = mul(b_s, b_w2) + line(p_b2, 1, T, BT)[None, :]
+    b_f = mul(b_s, b_w2, PRECISION) + line(p_b2, 1, T, BT)[None, :]
     b_g = tanhshrink(b_f)
     b_x = b_g * b_r
-    b_u = mul(b_x, b_c1) + tl.load(p_d1 + i_h).to(tl.float32)
+    b_u = mul(b_x, b_c1, PRECISION) + tl.load(p_d1 + i_h).to(tl.float32)
     b_y = tl.where(m_t, b_u * sigmoid(b_u), 0.0)
-    b_v = mul(b_y, b_c2) + tl.load(p_d2 + i_h).to(tl.float32)
+    b_v = mul(b_y, b_c2, PRECISION) + tl.load(p_d2 + i_h).to(tl.float32)
     b_dw = tl.zeros([BR, BT], tl.float32)
     if p_dw is not None:
         o_dw = o_r.to(tl.int64)[:, None] * dw_row + i_h * dw_head + o_t[None, :] * dw_place
@@ -227,7 +231,7 @@ def stage_backward(
         step = T if GATES > 1 else 0
         unit = 1 if GATES > 1 else 0
         b_wg = square(p_wg, step, T, BT)
-        b_gate = sigmoid(mul(b_through, b_wg) + line(p_bg, unit, T, BT)[None, :])
+        b_gate = sigmoid(mul(b_through, b_wg, PRECISION) + line(p_bg, unit, T, BT)[None, :])
         b_w = b_v * sigmoid(b_v)
         b_n = tl.where(m_t, b_w + b_gate * (b_r - b_w), 0.0)
         b_centred = tl.where(m_t, b_n - (tl.sum(b_n, 1) / T)[:, None], 0.0)
@@ -243,35 +247,35 @@ def stage_backward(
         b_dw += b_dn * (1.0 - b_gate)
         b_dr += b_dn * b_gate
         b_dz = b_dn * (b_r - b_w) * b_gate * (1.0 - b_gate)
-        b_sum = mul(tl.trans(b_through), b_dz)
+        b_sum = mul(tl.trans(b_through), b_dz, PRECISION)
         if GATES > 1:
             store_square(p_gate, b_sum, T, BT)
             tl.store(p_gate + T * T + o_t, tl.sum(b_dz, 0), mask=o_t < T)
         else:
             tl.store(p_gate + o_t, tl.sum(b_sum, 1), mask=o_t < T)
             tl.store(p_gate + T, tl.sum(tl.sum(b_dz, 1), 0))
-        b_back = mul(b_dz, tl.trans(b_wg))
+        b_back = mul(b_dz, tl.trans(b_wg), PRECISION)
         if p_seed is not None:
             b_back *= kept(p_seed, o_element + rows * (H * T), p)
         b_dr += b_back
     p_rest = p_sums + 2 * T * T
     b_dv = b_dw * silu_slope(b_v)
-    store_taps(p_rest + 2 * T + K + 1, mul(tl.trans(b_y), b_dv), T, K, BT)
+    store_taps(p_rest + 2 * T + K + 1, mul(tl.trans(b_y), b_dv, PRECISION), T, K, BT)
     tl.store(p_rest + 2 * T + 2 * K + 1, tl.sum(tl.sum(b_dv, 1), 0))
-    b_du = mul(b_dv, tl.trans(b_c2)) * silu_slope(b_u)
+    b_du = mul(b_dv, tl.trans(b_c2), PRECISION) * silu_slope(b_u)
     b_du = tl.where(m_t, b_du, 0.0)
-    store_taps(p_rest + 2 * T, mul(tl.trans(b_x), b_du), T, K, BT)
+    store_taps(p_rest + 2 * T, mul(tl.trans(b_x), b_du, PRECISION), T, K, BT)
     tl.store(p_rest + 2 * T + K, tl.sum(tl.sum(b_du, 1), 0))
-    b_dx = mul(b_du, tl.trans(b_c1))
+    b_dx = mul(b_du, tl.trans(b_c1), PRECISION)
     b_dr += b_dx * b_g
     b_tanh = b_f - b_g
     b_df = b_dx * b_r * b_tanh * b_tanh
-    store_square(p_sums + T * T, mul(tl.trans(b_s), b_df), T, BT)
+    store_square(p_sums + T * T, mul(tl.trans(b_s), b_df, PRECISION), T, BT)
     tl.store(p_rest + T + o_t, tl.sum(b_df, 0), mask=o_t < T)
-    b_da = mul(b_df, tl.trans(b_w2)) * silu_slope(b_a)
-    store_square(p_sums, mul(tl.trans(b_in), b_da), T, BT)
+    b_da = mul(b_df, tl.trans(b_w2), PRECISION) * silu_slope(b_a)
+    store_square(p_sums, mul(tl.trans(b_in), b_da, PRECISION), T, BT)
     tl.store(p_rest + o_t, tl.sum(b_da, 0), mask=o_t < T)
-    b_back = mul(b_da, tl.trans(b_w1))
+    b_back = mul(b_da, tl.trans(b_w1), PRECISION)
     if p_seed is not None:
         b_back *= kept(p_seed, o_element, p)
     tl.store(p_dr + o_element, b_dr + b_back, mask=mask)
@@ -310,12 +314,12 @@ def pair(p_maps, i_map, F: tl.constexpr, BF: tl.constexpr):
 
 
 @triton.jit
-def store_pair(p_sum, b_dre, b_dim, b_re, b_im, F: tl.constexpr, BF: tl.constexpr):
+def store_pair(p_sum, b_dre, b_dim, b_re, b_im, F: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of a complex map's parameters from those of its results and from what it was given."""
     o_f = tl.arange(0, BF)
     t_re, t_im = tl.trans(b_re), tl.trans(b_im)
-    store_square(p_sum, mul(t_re, b_dre) + mul(t_im, b_dim), F, BF)
-    store_square(p_sum + F * F, mul(t_re, b_dim) - mul(t_im, b_dre), F, BF)
+    store_square(p_sum, mul(t_re, b_dre, PRECISION) + mul(t_im, b_dim, PRECISION), F, BF)
+    store_square(p_sum + F * F, mul(t_re, b_dim, PRECISION) - mul(t_im, b_dre, PRECISION), F, BF)
     b_sum_re, b_sum_im = tl.sum(b_dre, 0), tl.sum(b_dim, 0)
     tl.store(p_sum + 2 * F * F + o_f, b_sum_re + b_sum_im, mask=o_f < F)
     tl.store(p_sum + 2 * F * F + F + o_f, b_sum_im - b_sum_re, mask=o_f < F)
@@ -330,6 +334,7 @@ def filter_forward(
     rows,
     T: tl.constexpr,
     F: tl.constexpr,
+    PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
@@ -344,17 +349,17 @@ def filter_forward(
     for i_map in tl.static_range(2):
         p_stream = p_image if i_map == 0 else p_text
         b_r = tl.load(p_stream + o_element, mask=mask, other=0.0).to(tl.float32)
-        b_re, b_im = mul(b_r, b_cos), mul(b_r, b_sin)
+        b_re, b_im = mul(b_r, b_cos, EXACT), mul(b_r, b_sin, EXACT)
         b_real, b_imag, b_low, b_high = pair(p_maps, i_map, F, BF)
-        b_cre = mul(b_re, b_real) - mul(b_im, b_imag) + b_low[None, :]
-        b_cim = mul(b_re, b_imag) + mul(b_im, b_real) + b_high[None, :]
+        b_cre = mul(b_re, b_real, PRECISION) - mul(b_im, b_imag, PRECISION) + b_low[None, :]
+        b_cim = mul(b_re, b_imag, PRECISION) + mul(b_im, b_real, PRECISION) + b_high[None, :]
         b_sre += b_cre * b_re - b_cim * b_im
         b_sim += b_cre * b_im + b_cim * b_re
     b_real, b_imag, b_low, b_high = pair(p_maps, 2, F, BF)
     b_count = both(T, F, BF)[None, :]
-    b_jre = (mul(b_sre, b_real) - mul(b_sim, b_imag) + b_low[None, :]) * b_count
-    b_jim = (mul(b_sre, b_imag) + mul(b_sim, b_real) + b_high[None, :]) * b_count
-    b_out = mul(b_jre, tl.trans(b_cos)) + mul(b_jim, tl.trans(b_sin))
+    b_jre = (mul(b_sre, b_real, PRECISION) - mul(b_sim, b_imag, PRECISION) + b_low[None, :]) * b_count
+    b_jim = (mul(b_sre, b_imag, PRECISION) + mul(b_sim, b_real, PRECISION) + b_high[None, :]) * b_count
+    b_out = mul(b_jre, tl.trans(b_cos), EXACT) + mul(b_jim, tl.trans(b_sin), EXACT)
     tl.store(p_out + o_element, b_out, mask=mask)
 
 
@@ -370,6 +375,7 @@ def filter_backward(
     rows,
     T: tl.constexpr,
     F: tl.constexpr,
+    PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
@@ -385,35 +391,35 @@ def filter_backward(
     for i_map in tl.static_range(2):
         p_stream = p_image if i_map == 0 else p_text
         b_r = tl.load(p_stream + o_element, mask=mask, other=0.0).to(tl.float32)
-        b_re, b_im = mul(b_r, b_cos), mul(b_r, b_sin)
+        b_re, b_im = mul(b_r, b_cos, EXACT), mul(b_r, b_sin, EXACT)
         b_real, b_imag, b_low, b_high = pair(p_maps, i_map, F, BF)
-        b_cre = mul(b_re, b_real) - mul(b_im, b_imag) + b_low[None, :]
-        b_cim = mul(b_re, b_imag) + mul(b_im, b_real) + b_high[None, :]
+        b_cre = mul(b_re, b_real, PRECISION) - mul(b_im, b_imag, PRECISION) + b_low[None, :]
+        b_cim = mul(b_re, b_imag, PRECISION) + mul(b_im, b_real, PRECISION) + b_high[None, :]
         b_sre += b_cre * b_re - b_cim * b_im
         b_sim += b_cre * b_im + b_cim * b_re
     b_grad = tl.load(p_grad + o_element, mask=mask, other=0.0).to(tl.float32)
     b_count = both(T, F, BF)[None, :]
-    b_djre, b_djim = mul(b_grad, b_cos) * b_count, mul(b_grad, b_sin) * b_count
-    store_pair(p_sums + 4 * (F * F + F), b_djre, b_djim, b_sre, b_sim, F, BF)
+    b_djre, b_djim = mul(b_grad, b_cos, EXACT) * b_count, mul(b_grad, b_sin, EXACT) * b_count
+    store_pair(p_sums + 4 * (F * F + F), b_djre, b_djim, b_sre, b_sim, F, BF, PRECISION)
     b_real, b_imag, _, _ = pair(p_maps, 2, F, BF)
     b_real, b_imag = tl.trans(b_real), tl.trans(b_imag)
-    b_dsre = mul(b_djre, b_real) + mul(b_djim, b_imag)
-    b_dsim = mul(b_djim, b_real) - mul(b_djre, b_imag)
+    b_dsre = mul(b_djre, b_real, PRECISION) + mul(b_djim, b_imag, PRECISION)
+    b_dsim = mul(b_djim, b_real, PRECISION) - mul(b_djre, b_imag, PRECISION)
     b_dr = tl.zeros([BR, BT], tl.float32)
     for i_map in tl.static_range(2):
         p_stream = p_image if i_map == 0 else p_text
         b_r = tl.load(p_stream + o_element, mask=mask, other=0.0).to(tl.float32)
-        b_re, b_im = mul(b_r, b_cos), mul(b_r, b_sin)
+        b_re, b_im = mul(b_r, b_cos, EXACT), mul(b_r, b_sin, EXACT)
         b_real, b_imag, b_low, b_high = pair(p_maps, i_map, F, BF)
-        b_cre = mul(b_re, b_real) - mul(b_im, b_imag) + b_low[None, :]
-        b_cim = mul(b_re, b_imag) + mul(b_im, b_real) + b_high[None, :]
+        b_cre = mul(b_re, b_real, PRECISION) - mul(b_im, b_imag, PRECISION) + b_low[None, :]
+        b_cim = mul(b_re, b_imag, PRECISION) + mul(b_im, b_real, PRECISION) + b_high[None, :]
         b_dcre = b_dsre * b_re + b_dsim * b_im
         b_dcim = b_dsim * b_re - b_dsre * b_im
-        store_pair(p_sums + i_map * 2 * (F * F + F), b_dcre, b_dcim, b_re, b_im, F, BF)
+        store_pair(p_sums + i_map * 2 * (F * F + F), b_dcre, b_dcim, b_re, b_im, F, BF, PRECISION)
         b_real, b_imag = tl.trans(b_real), tl.trans(b_imag)
-        b_dre = b_dsre * b_cre + b_dsim * b_cim + mul(b_dcre, b_real) + mul(b_dcim, b_imag)
-        b_dim = b_dsim * b_cre - b_dsre * b_cim + mul(b_dcim, b_real) - mul(b_dcre, b_imag)
-        b_back = mul(b_dre, tl.trans(b_cos)) + mul(b_dim, tl.trans(b_sin))
+        b_dre = b_dsre * b_cre + b_dsim * b_cim + mul(b_dcre, b_real, PRECISION) + mul(b_dcim, b_imag, PRECISION)
+        b_dim = b_dsim * b_cre - b_dsre * b_cim + mul(b_dcim, b_real, PRECISION) - mul(b_dcre, b_imag, PRECISION)
+        b_back = mul(b_dre, tl.trans(b_cos), EXACT) + mul(b_dim, tl.trans(b_sin), EXACT)
         if p_dtext is None:
             b_dr += b_back
         else:
@@ -455,6 +461,7 @@ def stage(
             H=heads,
             T=places,
             K=parameters[4].shape[1],
+            PRECISION=precision(),
             BR=ROWS,
             BT=_tile(places),
             num_warps=WARPS,
@@ -507,6 +514,7 @@ def stage_gradients(
             H=heads,
             T=places,
             K=taps,
+            PRECISION=precision(),
             BR=ROWS,
             BT=_tile(places),
             num_warps=WARPS,
@@ -531,6 +539,7 @@ def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor)
             rows,
             T=places,
             F=bins,
+            PRECISION=precision(),
             BR=ROWS,
             BT=_tile(places),
             BF=_tile(bins),
@@ -561,6 +570,7 @@ def spectral_gradients(
             rows,
             T=places,
             F=bins,
+            PRECISION=precision(),
             BR=ROWS,
             BT=_tile(places),
             BF=_tile(bins),
