@@ -2,7 +2,8 @@
 
 One public function an operation, each with the same numbers on every backend: `ssd`, `causal_conv1d`, `gated_rms_norm`
 and `ssd_block`, which is all three and what lies between them.
-What stands between them in a network is `residual_norm`, `hardswish_dropout` and `linear`; what stands behind it
+What stands between them in a network is `residual_norm`, `hardswish_dropout` and `linear`; beside them, over time
+stamps, `stream_stage` and `spectral_filter`; what stands behind it
 `softmax_cross_entropy`, `lookup` and `compare_counts`.
 `backends()` says what can run here and why the rest cannot.
 """
@@ -14,12 +15,16 @@ from mmm4rec_kernels.norm import gated_rms_norm
 from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm
 from mmm4rec_kernels.scoring import Order, compare_counts, lookup, order_of, softmax_cross_entropy
 from mmm4rec_kernels.ssd import ssd
+from mmm4rec_kernels.streams import ComplexMap, StreamGate, StreamMaps, spectral_filter, stream_stage
 
 __all__ = [
     "Availability",
     "BackendUnavailable",
+    "ComplexMap",
     "CrossProjections",
     "Order",
+    "StreamGate",
+    "StreamMaps",
     "backends",
     "causal_conv1d",
     "compare_counts",
@@ -30,6 +35,8 @@ __all__ = [
     "order_of",
     "residual_norm",
     "softmax_cross_entropy",
+    "spectral_filter",
     "ssd",
     "ssd_block",
+    "stream_stage",
 ]

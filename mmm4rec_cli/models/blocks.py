@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import CausalConv, FourierFilter, TimeFactor
 from mmm4rec_cli.settings.schema import ModelSettings
-from mmm4rec_kernels import CrossProjections, hardswish_dropout, linear, residual_norm, ssd_block
+from mmm4rec_kernels import CrossProjections, StreamGate, hardswish_dropout, linear, residual_norm, ssd_block
 
 PARTS = ("weight", "bias")
 
@@ -117,16 +117,16 @@ class SSD(StateSpace):
         if config.time != "none":
             self.time_gate = nn.Linear(config.max_len, config.max_len if config.point_time_gate else 1)
             self.time_norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
-            self.time_dropout = nn.Dropout(config.time_dropout)
 
     def forward(self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places) -> tuple[Tensor, Tensor | None]:
         """The block's output [n, S, D] and the next time streams."""
-        w_MBHT = None if self.time is None or streams_MBHT is None else self.time(streams_MBHT)
+        w_MBHT = following_MBHT = None
+        if self.time is not None and streams_MBHT is not None:
+            norm = self.time_norm
+            gate = StreamGate(self.time_gate.weight, self.time_gate.bias, norm.weight, norm.bias, norm.eps)
+            w_MBHT, following_MBHT = self.time(streams_MBHT, gate)
         out_nSD = self.scan(self.in_proj(u_nSD), self.conv.weight, self.conv.bias, w_MBHT, places)
-        if streams_MBHT is None or w_MBHT is None:
-            return out_nSD, None
-        gate = torch.sigmoid(self.time_gate(self.time_dropout(streams_MBHT)))
-        return out_nSD, self.time_norm(torch.lerp(w_MBHT, streams_MBHT, gate))
+        return out_nSD, following_MBHT
 
 
 class CrossSSD(StateSpace):
@@ -150,7 +150,7 @@ class CrossSSD(StateSpace):
         )
         conv_weight = torch.cat([self.u_conv.weight, self.q_conv.weight])
         conv_bias = torch.cat([self.u_conv.bias, self.q_conv.bias])
-        w_1BHT = None if self.time is None or stream_BHT is None else self.time(stream_BHT[None])
+        w_1BHT = None if self.time is None or stream_BHT is None else self.time(stream_BHT[None])[0]
         return self.scan(projected, conv_weight, conv_bias, w_1BHT, places)[0]
 
 

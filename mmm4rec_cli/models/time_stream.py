@@ -1,16 +1,22 @@
 """The time streams of MMM4Rec: how gaps between events enter, scale step sizes and are filtered.
 
 Letters: M streams (image and text, or one for both where dropout does not tell them apart), B users, T places
-(max_len), H heads, F = T // 2 + 1 bins of the real Fourier transform.
+(max_len), H heads.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmm4rec_kernels import causal_conv1d
+from mmm4rec_kernels import (
+    ComplexMap,
+    StreamGate,
+    StreamMaps,
+    residual_norm,
+    spectral_filter,
+    stream_stage,
+)
 
 
 class CausalConv(nn.Module):
@@ -21,10 +27,6 @@ class CausalConv(nn.Module):
         bound = 1 / math.sqrt(taps)
         self.weight = nn.Parameter(torch.empty(channels, taps).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
-
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        """SiLU of the convolution over L; [B, L, C] in and out."""
-        return causal_conv1d(x_BLC, self.weight, self.bias, activation="silu")
 
 
 class PublishedGaps(nn.Module):
@@ -38,7 +40,7 @@ class PublishedGaps(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(max_len))
         self.bias = nn.Parameter(torch.zeros(max_len))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.eps = eps
 
     def gaps(self, timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
@@ -47,7 +49,9 @@ class PublishedGaps(nn.Module):
 
     def forward(self, gaps_MBT: Tensor, lengths_B: Tensor) -> Tensor:
         """One draw a stream [M, B, T]."""
-        return F.layer_norm(self.dropout(gaps_MBT), gaps_MBT.shape[-1:], self.weight, self.bias, self.eps)
+        flat = gaps_MBT.flatten(0, -2)
+        stream = residual_norm(flat, self.weight, self.bias, p=self.dropout, training=self.training, eps=self.eps)
+        return stream.view_as(gaps_MBT)
 
 
 class ObservedGaps(nn.Module):
@@ -93,35 +97,26 @@ class TimeFactor(nn.Module):
         self.mlp_out = nn.Linear(max_len, max_len)
         self.conv_in = CausalConv(n_heads, taps)
         self.conv_out = CausalConv(n_heads, taps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
-    def forward(self, stream_MBHT: Tensor) -> Tensor:
-        """Tanhshrink of a two-layer map over places times the stream, through two convolutions."""
-        scale: Tensor = F.tanhshrink(self.mlp_out(F.silu(self.mlp_in(self.dropout(stream_MBHT)))))
-        scaled_MBTH = (scale * stream_MBHT).transpose(-1, -2)
-        w_NTH: Tensor = self.conv_out(self.conv_in(scaled_MBTH.flatten(0, 1)))
-        return w_NTH.view_as(scaled_MBTH).transpose(-1, -2)
+    def forward(self, stream_MBHT: Tensor, gate: StreamGate | None = None) -> tuple[Tensor, Tensor | None]:
+        """The factor and, with a gate, the next stream (spec 3.6)."""
+        parts = (self.mlp_in, self.mlp_out, self.conv_in, self.conv_out)
+        maps = StreamMaps(*(parameter for part in parts for parameter in (part.weight, part.bias)))
+        return stream_stage(stream_MBHT, maps, gate, p=self.dropout, training=self.training)
 
 
 class ComplexLinear(nn.Module):
-    """A complex map over Fourier bins made of two real linears, biases on both parts (published behaviour Q7).
-
-    (a + jb) -> (R a + rho - J b - iota) + j (J a + iota + R b + rho); the bias is (rho - iota) + j (rho + iota).
-    """
+    """A complex map over Fourier bins made of two real linears, biases on both parts (published behaviour Q7)."""
 
     def __init__(self, bins: int) -> None:
         super().__init__()
         self.real = nn.Linear(bins, bins)
         self.imag = nn.Linear(bins, bins)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Complex [..., F] in and out, as one real product over interleaved real and imaginary parts."""
-        R, J = self.real.weight, self.imag.weight
-        weight = torch.stack([torch.stack([R, -J], -1), torch.stack([J, R], -1)], 1).flatten(2).flatten(0, 1)
-        rho, iota = self.real.bias, self.imag.bias
-        bias = torch.stack([rho - iota, rho + iota], -1).flatten()
-        mapped = F.linear(torch.view_as_real(x).flatten(-2), weight, bias)
-        return torch.view_as_complex(mapped.view(*x.shape, 2))
+    def map(self) -> ComplexMap:
+        """(a + jb) -> (R a + rho - J b - iota) + j (J a + iota + R b + rho)."""
+        return ComplexMap(self.real.weight, self.imag.weight, self.real.bias, self.imag.bias)
 
 
 class FourierFilter(nn.Module):
@@ -136,10 +131,4 @@ class FourierFilter(nn.Module):
 
     def forward(self, streams_MBHT: Tensor) -> Tensor:
         """The joint stream [B, H, T] of image (first) and text (last); the given ones are left as they are."""
-        if streams_MBHT.shape[0] == 1:  # ONNX can transform a real tensor, but not take a part of a complex one
-            image = text = torch.fft.rfft(streams_MBHT[0], norm="ortho")
-        else:
-            image, text = torch.fft.rfft(streams_MBHT, norm="ortho").unbind()
-        joint = self.joint(self.image(image) * image + self.text(text) * text)
-        filtered: Tensor = torch.fft.irfft(joint, n=streams_MBHT.shape[-1], norm="ortho")
-        return filtered
+        return spectral_filter(streams_MBHT, self.image.map(), self.text.map(), self.joint.map())
