@@ -32,10 +32,14 @@ class Windows:
     """Item ids that the in-batch loss chooses from, int64; None: the windows' own targets."""
     own: int = 0
     """Where the own targets stand among the candidates."""
+    negative_N: Tensor | None = None
+    """Item ids drawn uniformly from the catalogue for the sampled loss, int64."""
+    n_items: int = 0
+    """Items that they were drawn from."""
 
     def to(self, device: torch.device) -> "Windows":
         """The same on another device."""
-        names = ("items_BT", "lengths_B", "timestamps_BT", "target_B", "candidate_C")
+        names = ("items_BT", "lengths_B", "timestamps_BT", "target_B", "candidate_C", "negative_N")
         tensors = {name: getattr(self, name) for name in names}
         moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None}
         return replace(self, **moved)

@@ -1,6 +1,5 @@
 """Rank the held-out targets of a split with a model, and with the yardsticks."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,41 +83,30 @@ def rank_split(
             with number_format:
                 user_BD = model.users(windows)
             user_BD = user_BD.to(table_VD.dtype)
-            for part, mask_BV in _seen(sequences, block, len(table_VD), ranking.mask_seen):
-                ranks.append(
-                    target_ranks(
-                        user_BD[part],
-                        table_VD,
-                        windows.target_B[part],
-                        ties=ranking.ties,
-                        mask=mask_BV,
-                        padding_candidate=ranking.padding_candidate,
-                    )
+            ranks.append(
+                target_ranks(
+                    user_BD,
+                    table_VD,
+                    windows.target_B,
+                    ties=ranking.ties,
+                    hidden=seen_items(sequences, block) if ranking.mask_seen else None,
+                    padding_candidate=ranking.padding_candidate,
                 )
+            )
             stage.advance(len(block))
     model.train(was_training)
     own = torch.cat(ranks).cpu() if ranks else torch.empty(0, dtype=torch.float64)
     return _by_user(sequences, targets, torch.cat(world.gathered(own)).to(targets.device), split)
 
 
-def _seen(
-    sequences: Sequences, targets_B: Tensor, rows: int, mask_seen: bool, limit: int = 1 << 26
-) -> Iterator[tuple[slice, Tensor | None]]:
-    """Parts of the block with the mask [B, V] of the items in each user's history (None: nothing is masked)."""
-    if not mask_seen:
-        yield slice(None), None
-        return
-    step = max(1, limit // rows)
-    for begin in range(0, len(targets_B), step):
-        part = targets_B[begin : begin + step]
-        lengths = part - sequences.first_N[part]
-        row = torch.arange(len(part), device=part.device).repeat_interleave(lengths)
-        ends = lengths.cumsum(0)
-        within = torch.arange(len(row), device=part.device) - (ends - lengths).repeat_interleave(lengths)
-        items = sequences.items_N[sequences.first_N[part].repeat_interleave(lengths) + within].long()
-        mask_BV = torch.zeros(len(part), rows, dtype=torch.bool, device=part.device)
-        mask_BV[row, items] = True
-        yield slice(begin, begin + step), mask_BV
+def seen_items(sequences: Sequences, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs (row of targets_B [N], item id [N]) of everything in each user's history before the target."""
+    first_B = sequences.first_N[targets_B]
+    lengths_B = targets_B - first_B
+    row_N = torch.arange(len(targets_B), device=targets_B.device).repeat_interleave(lengths_B)
+    begins_B = lengths_B.cumsum(0) - lengths_B
+    within_N = torch.arange(len(row_N), device=targets_B.device) - begins_B[row_N]
+    return row_N, sequences.items_N[first_B[row_N] + within_N].long()
 
 
 def rank_by_popularity(
@@ -135,12 +123,8 @@ def rank_by_popularity(
     table_V1 = torch.bincount(sequences.items_N[known_N].long(), minlength=n_items + 1).double()[:, None]
     ones_B1 = torch.ones(len(targets), 1).to(table_V1)
     target_U = sequences.items_N[targets].long()
-    rank0 = torch.cat(
-        [
-            target_ranks(ones_B1[part], table_V1, target_U[part], ties=ties, mask=mask_BV)
-            for part, mask_BV in _seen(sequences, targets, n_items + 1, mask_seen)
-        ]
-    )
+    hidden = seen_items(sequences, targets) if mask_seen else None
+    rank0 = target_ranks(ones_B1, table_V1, target_U, ties=ties, hidden=hidden)
     return _by_user(sequences, targets, rank0, split)
 
 

@@ -52,18 +52,27 @@ def target_ranks(
     users = _USERS.get(user_BD.device.type, _USERS["cpu"])
     most = max(1, _BLOCK_ELEMENTS.get(user_BD.device.type, _BLOCK_ELEMENTS["cpu"]) // users)
     columns = -(-rows // -(-rows // most))  # as even as can be
+    parts = None if hidden is None else _parted(*hidden, users, len(user_BD))
     ranks = [torch.zeros(0, dtype=torch.float64, device=user_BD.device)]
     for begin in range(0, len(user_BD), users):
         end = min(begin + users, len(user_BD))
         block_UD = torch.cat([user_BD[begin:end], user_BD.new_zeros(users - (end - begin), user_BD.shape[1])])
         here = None
-        if hidden is not None:
-            inside_N = (hidden[0] >= begin) & (hidden[0] < end)
-            here = hidden[0][inside_N] - begin, hidden[1][inside_N]
+        if parts is not None:
+            row_N, item_N = parts[begin // users]
+            here = row_N - begin, item_N
         mask_UV = None if mask is None else mask[begin:end]
         above, equal = _counts(block_UD, item_VD, target_B[begin:end], columns, mask_UV, here, padding_candidate)
         ranks.append(above.double() + _SHARE[ties] * equal.double())
     return torch.cat(ranks)
+
+
+def _parted(key_N: Tensor, other_N: Tensor, step: int, end: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs in the order of their key, cut where it passes a multiple of `step`; one wait for the device."""
+    key_N, order_N = key_N.sort()
+    edges = torch.arange(0, end + step, step, device=key_N.device)
+    sizes = torch.searchsorted(key_N, edges).diff().tolist()
+    return list(zip(torch.split(key_N, sizes), torch.split(other_N[order_N], sizes), strict=True))
 
 
 def _counts(
@@ -90,6 +99,7 @@ def _counts(
                 for i in range(0, size, columns)
             ]
         )
+    parts = None if hidden is None else _parted(hidden[1], hidden[0], columns, rows)
     above_B, equal_B = (torch.zeros(size, dtype=torch.int64, device=target_B.device) for _ in range(2))
     for begin in range(0, rows, columns):
         first = max(0, min(begin, rows - columns))
@@ -98,11 +108,15 @@ def _counts(
             own_B = score_BC.gather(1, target_B[:, None]).squeeze(1)
         if mask_BV is not None:
             score_BC.masked_fill_(mask_BV[:, first : first + columns], float("-inf"))
-        if hidden is not None:
-            inside_N = (hidden[1] >= first) & (hidden[1] < first + columns)
-            score_BC[hidden[0][inside_N], hidden[1][inside_N] - first] = float("-inf")
-        inside_B = (target_B >= first) & (target_B < first + columns)
-        score_BC[user_B[inside_B], target_B[inside_B] - first] = float("-inf")
+        if parts is not None:
+            item_N, row_N = parts[begin // columns]
+            score_BC[row_N, item_N - first] = float("-inf")
+        # Written for every target, also for those of other blocks: choosing them would wait for the device.
+        place_B1 = (target_B - first)[:, None]
+        inside_B1 = (place_B1 >= 0) & (place_B1 < columns)
+        place_B1 = place_B1.clamp(0, columns - 1)
+        left_out_B1 = score_BC.gather(1, place_B1).masked_fill(inside_B1, float("-inf"))
+        score_BC.scatter_(1, place_B1, left_out_B1)
         if first == 0 and not padding_candidate:
             score_BC[:, 0] = float("-inf")
         above, equal = compare_counts(score_BC[:, begin - first :], own_B)

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice, pairwise
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmm4rec_cli.data import columns
@@ -71,8 +72,8 @@ class Asked:
 @dataclass(frozen=True)
 class _History:
     user: str | None
-    items: list[int]
-    times: list[int]
+    items: NDArray[np.integer[Any]]
+    times: NDArray[np.integer[Any]]
     at: int
 
 
@@ -96,6 +97,9 @@ class Recommender:
         settings: those of the run.
         device: where it computes.
         candidates: item ids that may be recommended, or None for all.
+
+    Raises:
+        ValueError: the model's item table is not finite.
     """
 
     def __init__(
@@ -114,9 +118,16 @@ class Recommender:
         self._titles = titles
         self._id = {raw: index + 1 for index, raw in enumerate(dataset.raw_item_ids)}
         self._user = {raw: index for index, raw in enumerate(dataset.raw_user_ids)}
+        self._raw_V = pa.array(dataset.raw_item_ids, pa.string())
+        sequences = dataset.sequences
+        self._offsets_U1, self._items_N, self._times_N = (
+            x.numpy() for x in (sequences.offsets_U1, sequences.items_N, sequences.times_N)
+        )
         self._precision = precision(settings.runtime.precision, device)
         with torch.inference_mode(), self._precision:
             self.item_VD = model.item_table().float()
+        if not torch.isfinite(self.item_VD).all():
+            raise ValueError("the item table is not finite")
         ids = range(1, len(self.item_VD)) if candidates is None else sorted(set(candidates))
         self.candidate_V = torch.tensor(ids, dtype=torch.int64, device=device)
         self._candidate_VD = self.item_VD[1:] if candidates is None else self.item_VD[self.candidate_V]
@@ -263,24 +274,24 @@ class Recommender:
         if one.history is None:
             if one.user is None or one.user not in self._user:
                 raise _unknown("user", one.user or "", self.dataset.raw_user_ids, self.dataset.name, where)
-            sequences, user = self.dataset.sequences, self._user[one.user]
-            begin, end = sequences.offsets_U1[user : user + 2].tolist()
+            user = self._user[one.user]
+            begin, end = int(self._offsets_U1[user]), int(self._offsets_U1[user + 1])
             at = moment
             if before is not None:
                 end -= {"test": 1, "valid": 2}[before]
-                at = int(sequences.times_N[end])
-            items, times = sequences.items_N[begin:end].tolist(), sequences.times_N[begin:end].tolist()
+                at = int(self._times_N[end])
+            items, times = self._items_N[begin:end], self._times_N[begin:end]
         else:
             at = moment
-            items = [self._item(raw, where) for raw in one.history]
-            times = list(one.times or [at - _UNKNOWN_GAP * (len(items) - place) for place in range(len(items))])
+            items = np.array([self._item(raw, where) for raw in one.history], np.int64)
+            times = np.array(one.times or at - _UNKNOWN_GAP * np.arange(len(items), 0, -1), np.int64)
             if len(times) != len(items):
                 raise DataError(
                     f"{where}{len(items)} items but {len(times)} times", hint="give every item of a history its time"
                 )
-            if any(later < earlier for earlier, later in pairwise(times)):
+            if (np.diff(times) < 0).any():
                 raise DataError(f"{where}the times of the history go back", hint="give the oldest item first")
-        if not items:
+        if not len(items):
             raise DataError(
                 f"{where}the history{f' of {one.user!r}' if one.user else ''} is empty",
                 hint="a history needs one item or more",
@@ -299,9 +310,10 @@ class Recommender:
         item = found.item[real]
         nothing = pa.nulls(len(item), pa.float32())
         parts = {name: pa.array(found.parts[name][real]) if name in found.parts else nothing for name in _PARTS}
-        raw = [self.raw(one) for one in item.tolist()]
-        arrays = [pa.array([found.users[i] for i in row.tolist()], pa.string()), pa.array(place + 1, pa.int32())]
-        return pa.table([*arrays, pa.array(raw, pa.string()), found.score[real], *parts.values()], schema=SCHEMA)
+        arrays = [pa.array(found.users, pa.string()).take(pa.array(row)), pa.array(place + 1, pa.int32())]
+        return pa.table(
+            [*arrays, self._raw_V.take(pa.array(item - 1)), found.score[real], *parts.values()], schema=SCHEMA
+        )
 
     def documents(self, found: Recommended) -> list[dict[str, Any]]:
         """A block's answers as `recommend --json` gives them, one entry a user."""

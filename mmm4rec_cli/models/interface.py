@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmm4rec_cli.data.sequences import Windows
-from mmm4rec_kernels import softmax_cross_entropy
+from mmm4rec_kernels import lookup, softmax_cross_entropy
 
 
 class SequenceModel(nn.Module, ABC):
@@ -23,6 +23,10 @@ class SequenceModel(nn.Module, ABC):
 
     reads_target_time: bool = False
     """Whether windows carry the target's own time stamp behind a short history (published behaviour Q2)."""
+
+    item_rows: tuple[str, ...] = ()
+    """Parameters and buffers that hold a row an item, if these are all of the model's; a model without this list
+    cannot be computed on a part of the catalogue, as the sampled loss does."""
 
     remark: str | None = None
     """A line that whoever trains the model should know."""
@@ -76,9 +80,42 @@ class SequenceModel(nn.Module, ABC):
         A model with losses of its own beside the recommendation loss adds them here.
         """
         user_BD = self.users(windows)
+        if windows.negative_N is not None:
+            return self.sampled_loss(user_BD, self.item_table(), windows)
         if in_batch and windows.candidate_C is not None:
             return self._in_batch_loss(user_BD, windows.candidate_C, windows.own)
         return self.loss(user_BD, windows.target_B, in_batch=in_batch)
+
+    def sampled_loss(self, user_BD: Tensor, table_VD: Tensor, windows: Windows) -> Tensor:
+        """The full loss with the sum over the catalogue estimated, a scalar.
+
+        Candidates are n items drawn uniformly from the catalogue of I and the labels of the batch, one each time they
+        occur. Each is weighed with one over the number of times it is expected, n / I + its count in the batch, that
+        is, the logarithm of this is taken from its score: logQ correction (Bengio and Senecal 2008; Yi et al. 2019)
+        for the mixture of both proposals (mixed negative sampling, Yang et al. 2020), weights as in the balance
+        heuristic (Veach and Guibas 1995). Where a candidate is the user's own target it is left out, and the target
+        enters once with weight 1, so given the batch the sum's expectation is the full one exactly. Row 0 is never a
+        candidate.
+
+        Args:
+            user_BD: user vectors.
+            table_VD: rows of all items that the windows name.
+            windows: with `negative_N` and `n_items`.
+        """
+        assert windows.negative_N is not None
+        label_C = windows.target_B if windows.candidate_C is None else windows.candidate_C
+        drawn_K = torch.cat([label_C, windows.negative_N])
+        ordered_C = label_C.sort().values
+        count_K = torch.searchsorted(ordered_C, drawn_K, right=True) - torch.searchsorted(ordered_C, drawn_K)
+        # Counts and their logarithms would lose digits in bfloat16.
+        expected_K = count_K.to(torch.promote_types(user_BD.dtype, torch.float32))
+        expected_K = expected_K + len(windows.negative_N) / windows.n_items
+        row_KD = lookup(table_VD, drawn_K)
+        target_BD = row_KD[windows.own : windows.own + len(user_BD)]
+        score_BK = user_BD @ row_KD.T - expected_K.log()
+        score_BK = score_BK.masked_fill(drawn_K == windows.target_B[:, None], float("-inf"))
+        own_B1 = (user_BD * target_BD).sum(1, keepdim=True)
+        return F.cross_entropy(torch.cat([own_B1, score_BK], 1), torch.zeros_like(windows.target_B))
 
     def _in_batch_loss(self, user_BD: Tensor, candidate_C: Tensor, own: int = 0) -> Tensor:
         """Candidates are the targets of a batch; those of the users stand there from `own` on."""

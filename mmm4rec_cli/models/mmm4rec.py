@@ -106,6 +106,12 @@ class MMM4Rec(SequenceModel):
         if config.fusion != "static":
             rows = (len(text_features),) if config.fusion == "instance" else ()
             self.fusion_weight = nn.Parameter(torch.zeros(*rows, 2))
+        own = {name for name, _ in (*self.named_parameters(), *self.named_buffers())}
+        per_item = [
+            f"{side}.{part}" for side in ("text", "image") for part in ("features", "missing_rows", "item_bias")
+        ]
+        per_item += ["fusion_weight"] if config.fusion == "instance" else []
+        self.item_rows = tuple(name for name in per_item if name in own)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -138,7 +144,10 @@ class MMM4Rec(SequenceModel):
         vectors = self.image.vectors(), self.text.vectors()
         places = self._places(windows)
         user_BD = self._encode(windows.items_BT, windows.lengths_B, windows.timestamps_BT, places, vectors)
-        return self.catalogue_loss(user_BD, self._fused(*vectors), windows.target_B)
+        table_VD = self._fused(*vectors)
+        if windows.negative_N is not None:
+            return self.sampled_loss(user_BD, table_VD, windows)
+        return self.catalogue_loss(user_BD, table_VD, windows.target_B)
 
     def _places(self, windows: Windows) -> Places:
         users, length = windows.items_BT.shape

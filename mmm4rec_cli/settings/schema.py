@@ -237,8 +237,15 @@ class PretrainSettings(Optimisation):
 class FinetuneSettings(Optimisation):
     """Fine-tuning on one domain, full softmax."""
 
-    loss: Literal["full", "in_batch"] = Field(
-        "full", description="softmax over the whole catalogue, or over the labels of the micro-batch"
+    loss: Literal["full", "sampled", "in_batch"] = Field(
+        "full",
+        description="softmax over the whole catalogue; sampled, for millions of items: an estimate of it from uniform "
+        "and in-batch negatives, where rows of the item bias that do not occur in a step are left as they are "
+        "(optimiser state and weight decay included: another optimiser than that of the full loss); over the labels "
+        "of the micro-batch",
+    )
+    negatives: int = Field(
+        4096, ge=1, description="sampled loss: items drawn uniformly for each micro-batch, beside its labels"
     )
     patience: int = Field(10, ge=1, description="epochs below the best validation score until the run stops")
     metric: str = Field(

@@ -10,7 +10,7 @@ import torch
 from mmm4rec_cli.data.dataset import Dataset, load_dataset
 from mmm4rec_cli.data.sequences import Split
 from mmm4rec_cli.device import resolve_device
-from mmm4rec_cli.errors import DataError
+from mmm4rec_cli.errors import DataError, UsageError
 from mmm4rec_cli.evaluation.evaluate import RankedSplit, Ranking, rank_by_popularity, rank_by_repeating, rank_split
 from mmm4rec_cli.evaluation.metrics import summary
 from mmm4rec_cli.evaluation.rank_files import write_ranks
@@ -150,6 +150,11 @@ def _finetune(
         network = build_model(model, settings.model, dataset.model_features(settings.features.missing))
         if network.remark:
             log.note(network.remark)
+        if plan.loss == "sampled" and not network.item_rows:
+            raise UsageError(
+                f"finetune.loss = sampled: {model} computes its whole catalogue in every step",
+                hint="use --set finetune.loss=in_batch or full, or --model mmm4rec",
+            )
         if source is not None:
             transfer(network, source, log)
         network.to(device)
@@ -165,6 +170,7 @@ def _finetune(
             plan,
             targets=targets,
             in_batch=plan.loss == "in_batch",
+            negatives=plan.negatives if plan.loss == "sampled" else 0,
             validate=validate,
             metric=plan.metric,
             patience=plan.patience,

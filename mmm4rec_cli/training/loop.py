@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensorboardX import SummaryWriter
@@ -24,6 +25,7 @@ from mmm4rec_cli.runs import Run, save_weights
 from mmm4rec_cli.settings.schema import Optimisation, RuntimeSettings
 from mmm4rec_cli.training.interrupt import Interruption, kept_signals
 from mmm4rec_cli.training.optimizer import FlatParameters, optimizer_of
+from mmm4rec_cli.training.sampled import ItemTables, SampledGradients
 from mmm4rec_cli.training.state import Progress, load_state, save_state
 from mmm4rec_cli.training.step import Gradients, MicroBatch
 from mmm4rec_cli.world import World
@@ -39,6 +41,8 @@ class Task:
     """Flat positions of the training targets, on the device of the sequences."""
     in_batch: bool
     """In-batch loss instead of the whole catalogue."""
+    negatives: int = 0
+    """Sampled loss with so many drawn items instead of the whole catalogue (0: no)."""
     validate: Callable[[], dict[str, float]] | None = None
     """Metrics after an epoch, or None: no validation, the last weights are the result."""
     metric: str = ""
@@ -98,20 +102,30 @@ class Trainer:
     ) -> None:
         self.model, self.sequences, self.task, self.max_len = model, sequences, task, max_len
         self.world = world or World()
-        self.parameters = FlatParameters(model)
+        own = dict(model.named_parameters())
+        tables = {name: own[name] for name in model.item_rows if name in own} if task.negatives else {}
+        self.parameters = FlatParameters(model, apart=tables)
         self.device = self.parameters.values.device
         self.optimizer = optimizer_of(self.parameters.values, task.optimisation)
-        self.gradients = Gradients(
-            model,
-            sequences,
-            in_batch=task.in_batch,
-            max_len=max_len,
-            number_format=runtime.precision,
-            device=self.device,
-            world=self.world,
-            graphs=runtime.cuda_graphs,
-            say=say,
-        )
+        self.tables = ItemTables(tables, task.optimisation) if tables else None
+        self.draws = torch.Generator(self.device)
+        """Draws the negatives, the same ones in every process; set by `fit` and saved with the state."""
+        options: dict[str, Any] = {
+            **{"max_len": max_len, "number_format": runtime.precision, "device": self.device, "world": self.world},
+            **{"graphs": runtime.cuda_graphs, "say": say},
+        }
+        self.gradients: Gradients | SampledGradients
+        if task.negatives:
+            options |= {"negatives": task.negatives, "n_items": len(model.get_buffer(model.item_rows[0])) - 1}
+            self.gradients = SampledGradients(model, sequences, **options)
+        else:
+            self.gradients = Gradients(model, sequences, in_batch=task.in_batch, **options)
+
+    @property
+    def layout(self) -> list[tuple[str, int]]:
+        """Names and sizes of everything that is trained, in the order in which it lies."""
+        tables = {} if self.tables is None else self.tables.tables
+        return [*self.parameters.layout, *((name, table.numel()) for name, table in tables.items())]
 
     def groups(self, targets: Tensor) -> Iterator[list[MicroBatch]]:
         """The micro-batches of each optimiser step, this process's part of each.
@@ -121,6 +135,7 @@ class Trainer:
         means (published behaviour Q9).
         """
         plan = self.task.optimisation
+        among_all = self.world.size > 1 and (self.task.in_batch or self.task.negatives > 0)
         micro_batches = torch.split(targets, plan.batch_size)
         shares = [part[self.world.share(len(part))] for part in micro_batches]
         lengths = [self.sequences.lengths(share, self.max_len).sum() for share in shares]
@@ -131,12 +146,19 @@ class Trainer:
             yield [
                 MicroBatch(
                     shares[i],
-                    micro_batches[i] if self.task.in_batch and self.world.size > 1 else None,
+                    micro_batches[i] if among_all else None,
                     places[i],
                     len(shares[i]) / (size if plan.mean_over_group else len(micro_batches[i])),
+                    self._draw(),
                 )
                 for i in group
             ]
+
+    def _draw(self) -> Tensor | None:
+        if not isinstance(self.gradients, SampledGradients):
+            return None
+        inner = self.gradients.inner
+        return torch.randint(1, inner.n_items + 1, inner.negative_N.shape, generator=self.draws, device=self.device)
 
     def step(self, group: list[MicroBatch]) -> Tensor:
         """Gradients of a group and one step; the sum of its targets' losses, float64, perhaps not computed yet.
@@ -152,6 +174,8 @@ class Trainer:
         if self.device.type == "cpu":
             self.check(total)
         self.world.add_up(self.parameters.gradient)
+        if self.tables is not None and isinstance(self.gradients, SampledGradients):
+            self.tables.step(*self.gradients.take(group), self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         return total
 
@@ -260,6 +284,7 @@ def fit(
     trainer = Trainer(model, sequences, task, max_len=max_len, runtime=runtime, world=world, say=reporter.note)
     state_file = run.path / "state" / "training.safetensors"
     progress = Progress(order_seed=torch.initial_seed())
+    trainer.draws.manual_seed(progress.order_seed % 2**63)
     if state_file.is_file():
         progress = load_state(state_file, trainer)
         within = f" and {progress.targets_done:,} targets" if progress.targets_done else ""

@@ -1,5 +1,7 @@
 """NAdam or Adam over all parameters of a model as one tensor."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -18,10 +20,11 @@ class FlatParameters:
 
     Args:
         model: on its device; its parameters are of one dtype.
+        apart: names of parameters that are trained by other means.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    def __init__(self, model: nn.Module, apart: Collection[str] = ()) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in apart]
         sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for _, p in named]
         first = named[0][1]
         self.layout = [(name, p.numel()) for name, p in named]

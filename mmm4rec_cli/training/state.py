@@ -40,7 +40,7 @@ class Progress:
 def save_state(path: Path, trainer: "Trainer", progress: Progress) -> None:
     """Write parameters, optimiser, random states of all processes and progress; the first process writes."""
     device, world = trainer.device, trainer.world
-    random = {"random.cpu": torch.get_rng_state()}
+    random = {"random.cpu": torch.get_rng_state(), "random.draws": trainer.draws.get_state()}
     if device.type == "cuda":
         random["random.cuda"] = torch.cuda.get_rng_state(device)
     own = world.gathered((random, progress.loss_sum))
@@ -50,11 +50,14 @@ def save_state(path: Path, trainer: "Trainer", progress: Progress) -> None:
     tensors["parameters"] = trainer.parameters.values.detach()
     for name, value in trainer.optimizer.state_dict()["state"].get(0, {}).items():
         tensors[f"optimizer.{name}"] = value
+    if trainer.tables is not None:
+        tensors |= {f"tables.{name}": table.detach() for name, table in trainer.tables.tables.items()}
+        tensors |= {f"tables.{name}": tensor for name, tensor in trainer.tables.state.items()}
     document = {**vars(progress), "best_score": None if progress.best_epoch == 0 else progress.best_score}
     document |= {
         "loss_sum": [loss for _, loss in own],
         "lr": trainer.optimizer.param_groups[0]["lr"],
-        "layout": trainer.parameters.layout,
+        "layout": trainer.layout,
         "processes": world.size,
     }
     save_weights(path, tensors, {"progress": json.dumps(document)})
@@ -74,7 +77,7 @@ def load_state(path: Path, trainer: "Trainer") -> Progress:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} cannot be resumed from: {error}", hint="train again without --resume") from None
     world, parameters, optimizer = trainer.world, trainer.parameters, trainer.optimizer
-    if layout != parameters.layout:
+    if layout != trainer.layout:
         raise RunError(f"{path} belongs to another model", hint="resume with the run's own data and settings")
     if processes != world.size:
         raise RunError(
@@ -91,6 +94,10 @@ def load_state(path: Path, trainer: "Trainer") -> Progress:
         # Loading casts what belongs to a parameter to its dtype and device; these two are numbers.
         if name in state:
             optimizer.state[parameters.values][name] = state[name]
+    if trainer.tables is not None:
+        for name, tensor in (trainer.tables.tables | trainer.tables.state).items():
+            tensor.detach().copy_(tensors[f"tables.{name}"])
+    trainer.draws.set_state(tensors[f"random.draws.{world.rank}"])
     torch.set_rng_state(tensors[f"random.cpu.{world.rank}"])
     if trainer.device.type == "cuda" and f"random.cuda.{world.rank}" in tensors:
         torch.cuda.set_rng_state(tensors[f"random.cuda.{world.rank}"], trainer.device)

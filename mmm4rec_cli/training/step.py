@@ -37,6 +37,8 @@ class MicroBatch:
     """Sum of the lengths of its own windows."""
     weight: float
     """Factor on the mean loss of its own targets."""
+    negative_N: Tensor | None = None
+    """Items drawn for the sampled loss."""
 
 
 class Gradients:
@@ -81,10 +83,13 @@ class Gradients:
         self._recorded: dict[tuple[int, int, int], _Recorded] = {}
         self._pool: Any = None
 
+    def rows_of(self, batch: MicroBatch) -> int:
+        """Rows that a micro-batch is computed with."""
+        return rounded_rows(batch.places, len(batch.positions_B), self.max_len) if self.graphs else batch.places
+
     def __call__(self, batch: MicroBatch) -> Tensor:
         """The mean loss of the micro-batch's own targets, float64; on a GPU it may not be computed yet."""
-        users = len(batch.positions_B)
-        rows = rounded_rows(batch.places, users, self.max_len) if self.graphs else batch.places
+        users, rows = len(batch.positions_B), self.rows_of(batch)
         if not self.graphs:
             weight = torch.tensor(batch.weight, dtype=torch.float64, device=self.device)
             return self._compute(batch.positions_B, batch.candidates_C, weight, rows)

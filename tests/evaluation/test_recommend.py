@@ -76,7 +76,7 @@ def test_answers_equal_a_plain_sort_without_the_seen_and_blocks_change_nothing(
         best = torch.argsort(scores, descending=True, stable=True)[:7]
         assert whole.item[user].tolist() == best.tolist()
         assert np.allclose(whole.score[user], scores[best], atol=1e-5)
-    monkeypatch.setattr(top_k_module, "_BLOCK_ELEMENTS", 30)
+    monkeypatch.setattr(top_k_module, "_BLOCK_ELEMENTS", {"cpu": 30})
     small = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"batch_size": 7})})
     blocks = list(load_recommender(workspace, run, small).recommend(asked, 7))
     assert [len(block.users) for block in blocks] == [7] * 8 + [4]

@@ -13,7 +13,7 @@ from mmm4rec_kernels import arguments
 from mmm4rec_kernels.backend import choose
 from mmm4rec_kernels.scoring import eager, ops, reference
 
-__all__ = ["Order", "compare_counts", "lookup", "order_of", "softmax_cross_entropy"]
+__all__ = ["Order", "compare_counts", "lookup", "order_of", "softmax_cross_entropy", "sum_by_row"]
 
 
 def softmax_cross_entropy(
@@ -120,6 +120,31 @@ def lookup(
     else:
         rows = (reference.lookup if chosen == "reference" else eager.lookup)(table_VD, flat)
     return rows.view(*index.shape, table_VD.shape[1])
+
+
+def sum_by_row(part_ND: torch.Tensor, index_N: torch.Tensor, rows: int, *, backend: str = "auto") -> torch.Tensor:
+    """Sums of the parts that belong to one row, in a fixed order: the gradient of `lookup`, without gradients.
+
+    Args:
+        part_ND: [N, D].
+        index_N: [N] int64, the row of each part, from 0 to rows - 1.
+        rows: R.
+        backend: "auto", "reference", "torch" or "triton".
+
+    Returns:
+        [R, D], zero where no part belongs.
+
+    Raises:
+        ValueError: a shape or dtype is not as above; the message names the argument.
+        BackendUnavailable: an explicit backend cannot run here or cannot take the call.
+    """
+    arguments.dimensions("part_ND", part_ND, "[N, D]", 2)
+    arguments.floating("part_ND", part_ND)
+    arguments.shape("index_N", index_N, part_ND.shape[:1], "[N]")
+    if choose("lookup", backend, part_ND) == "triton":
+        summed: torch.Tensor = ops.lookup_backward(part_ND.contiguous(), *ops.order_of(index_N, rows), rows)
+        return summed
+    return part_ND.new_zeros(rows, part_ND.shape[1]).index_add_(0, index_N, part_ND)
 
 
 def compare_counts(
