@@ -226,7 +226,7 @@ def forms() -> Iterable[Form]:
             peer = "triton" if backend == "triton" else "torch"
             yield Form(operation, backend, peer, ours(function, backend, **options))
     yield Form("causal_conv1d", "causal-conv1d", "causal-conv1d", dao_convolution)
-    for chunk in (64, 256):
+    for chunk in (64, 128, 256):
         fits = functools.partial(_holds, chunk)
         yield Form(
             "ssd", f"mamba-ssm, chunks of {chunk}", "mamba-ssm", functools.partial(mamba_scan, chunk), lengths=fits
