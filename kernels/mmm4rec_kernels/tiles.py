@@ -44,6 +44,15 @@ def sequence_start(first, i_sequence, batch_stride, ROW: tl.constexpr, ALIGN: tl
 
 
 @triton.jit
+def exp2(v):
+    """2^v to two units in the last place; what underflows is 0."""
+    if INTERPRETED:
+        return tl.exp2(v)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [v], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def softplus(v):
     """log(1 + e^v), with full relative precision where it is tiny."""
     e = tl.exp(tl.minimum(v, 20.0))
@@ -75,13 +84,19 @@ def decay_matrix(b_total, BL: tl.constexpr):
     low = (b_total - high.to(tl.float64)).to(tl.float32)
     o_l = tl.arange(0, BL)
     between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    return tl.where(o_l[:, None] >= o_l[None, :], tl.exp2(tl.minimum(between, 0.0)), 0.0)
+    return exp2(tl.where(o_l[:, None] >= o_l[None, :], between, float("-inf")))
 
 
 @triton.jit
 def dot(a, b, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """Matrix product with float32 sums; operands are rounded to KIND first."""
-    return tl.dot(a.to(KIND), b.to(KIND), input_precision=PRECISION, out_dtype=tl.float32)
+    a = a.to(KIND)
+    b = b.to(KIND)
+    if INTERPRETED:
+        # The interpreter multiplies the bits of bfloat16 numbers as integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
 
 
 @triton.jit

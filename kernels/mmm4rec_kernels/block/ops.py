@@ -1,7 +1,7 @@
 """The fused block as operators of torch, with shapes for tracing and a gradient: for short sequences and for any.
 
 The kernels are imported when one runs. Letters as in `short` and `fused`, whose `forward` explain the arguments. K is
-the number of tiles of a sequence in the scan.
+the number of chunks of a sequence in the scan.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmm4rec_kernels.ssd.ops import tile_count
+from mmm4rec_kernels.ssd.ops import chunks
 
 SHORT, SHORT_PACKED = 8, 32
 """Longest sequences for which several in one tile were faster, forward and backward together, on an H200."""
@@ -88,8 +88,9 @@ def _forward_shapes(
     width, heads = norm.shape[0], A_log.shape[0]
     states = (weight.shape[0] - width) // 2
     sequences = ends.shape[0] - 1 if packed and ends is not None else batch
-    tiles = tile_count(longest)
-    kept = (sequences, heads, tiles, width // heads, states // groups) if tiles > 1 else (0,)
+    sizes = (width // heads, states // groups)
+    count = chunks(longest, *sizes)
+    kept = (sequences, heads, count, *sizes) if count > 1 else (0,)
     return (
         projected.new_empty(batch, length, width),
         projected.new_empty(batch, length, dtype=torch.float32),

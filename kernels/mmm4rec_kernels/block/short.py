@@ -26,6 +26,7 @@ from mmm4rec_kernels.tiles import (
     INTERPRETED,
     LOG2E,
     dot,
+    exp2,
     softplus,
 )
 
@@ -39,15 +40,6 @@ STEP_ROWS = 64
 DENSE = tl.constexpr(0)
 LENGTHS = tl.constexpr(1)
 WINDOWS = tl.constexpr(2)
-
-
-@triton.jit
-def exp2(v):
-    """2^v to two units in the last place; what underflows is 0."""
-    if INTERPRETED:
-        return tl.exp2(v)
-    else:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [v], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -1,13 +1,13 @@
 # Triton kernels carry no Python types, and their arguments are explained at the top of the file.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""The scan as one Triton kernel each way.
+"""The scan in Triton: one kernel each way for what fits a tile, chunks side by side for what is longer.
 
-Letters: B sequences, L places, H heads, P head dim, G groups, N state, K tiles of a sequence; BL, BP, BN are places
-of a tile, and P, N rounded up. A program takes one head of one sequence. What fits one tile is one quadratic product
-in registers; longer sequences go tile by tile with the state in registers, so time and memory grow linearly. Forward
-keeps the state at the start of each tile, backward walks the tiles in reverse. With fewer groups than heads each head
-writes its own share of the gradients of B and C; shares and the gradients of A, D and dt_bias are added in one
-ordered sum: no atomics.
+Letters: B sequences, L places, H heads, P head dim, G groups, N state, K chunks of a sequence; BL, BP, BN are places
+of a chunk, and P, N rounded up. A program takes one head of one chunk, which is one quadratic product in registers.
+Longer sequences need three steps: what each chunk alone writes into the state, a walk over the chunks that turns this
+into the state at each chunk's start, and the chunks' results with that state; backward the same in reverse. Time and
+memory grow linearly. With fewer groups than heads each head writes its own share of the gradients of B and C; shares
+and the gradients of A, D and dt_bias are added in one ordered sum: no atomics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import align, kind, precision, tile
-from mmm4rec_kernels.ssd.ops import LONG_TILE, ONE_TILE, tile_count
+from mmm4rec_kernels.ssd.ops import ONE_TILE, chunk_places, chunks
 from mmm4rec_kernels.tiles import (
     LENGTHS,
     LOG2E,
@@ -33,9 +33,10 @@ from mmm4rec_kernels.tiles import (
 
 FORWARD_WARPS = {16: 1, 32: 1, 64: 4}
 BACKWARD_WARPS = {16: 1, 32: 2, 64: 4}
-LONG_FORWARD_WARPS = 4
-LONG_BACKWARD_WARPS = 4
-"""Warps of a program, by the places of its tile: measured on an H200, one fixed choice, no tuning at the first call."""
+"""Warps of a program, by the places of its chunk: measured on an H200, one fixed choice, no tuning at a first call."""
+STATE_WARPS = 4
+WALK = 256
+"""Numbers of a state that a program carries over the chunks."""
 
 
 @triton.jit
@@ -65,6 +66,156 @@ def last_of(b_total, BL: tl.constexpr):
 
 
 @triton.jit
+def place_of(p_ends, length, chunks, H: tl.constexpr, ENDS: tl.constexpr):
+    """Head, chunk and sequence of a program; first row in a packed tensor, places of the sequence, places to write."""
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    i_s = i_c // chunks
+    first, count, written = sequence_bounds(p_ends, i_s, length, ENDS)
+    return i_h, i_c % chunks, i_s, first, count, written
+
+
+@triton.jit
+def dt_start(p_dt, first, i_s, i_h, dt_batch, dt_row, dt_head, ENDS: tl.constexpr):
+    """Where the step sizes of a head of a sequence start."""
+    if ENDS == PACKED:
+        return p_dt + first * dt_row + i_h * dt_head
+    else:
+        return p_dt + tl.cast(i_s, tl.int64) * dt_batch + i_h * dt_head
+
+
+@triton.jit
+def row_start(first, i_s, length, ENDS: tl.constexpr):
+    """First row of a sequence in a contiguous tensor."""
+    if ENDS == PACKED:
+        return first
+    else:
+        return tl.cast(i_s, tl.int64) * length
+
+
+@triton.jit
+def chunk_writes(
+    p_x,
+    p_dt,
+    p_A,
+    p_B,
+    p_bias,
+    p_ends,
+    p_states,
+    p_through,
+    length,
+    chunks,
+    low,
+    high,
+    x_batch,
+    B_batch,
+    dt_batch,
+    dt_row,
+    dt_head,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    SHARES: tl.constexpr,
+    ROW_X: tl.constexpr,
+    HEAD_X: tl.constexpr,
+    ROW_B: tl.constexpr,
+    GROUP_B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ENDS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SINCE: tl.constexpr,
+    BL: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What a chunk alone adds to the state, and its whole decay; with SINCE, to the gradient of the state (x = dy)."""
+    i_h, i_t, i_s, first, count, _ = place_of(p_ends, length, chunks, H, ENDS)
+    if i_t * BL >= count:
+        return
+    p_x += sequence_start(first, i_s, x_batch, ROW_X, ALIGN, ENDS) + i_h * HEAD_X
+    p_B += sequence_start(first, i_s, B_batch, ROW_B, ALIGN, ENDS) + (i_h // SHARES) * GROUP_B
+    p_dt = dt_start(p_dt, first, i_s, i_h, dt_batch, dt_row, dt_head, ENDS)
+    o_t = i_t * BL + tl.arange(0, BL)
+    o_p = tl.arange(0, BP)
+    o_n = tl.arange(0, BN)
+    m_t = o_t < count
+    b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_t[:, None] & (o_p < P)[None, :], other=0.0)
+    b_B = tl.load(p_B + o_t[:, None] * ROW_B + o_n[None, :], mask=m_t[:, None] & (o_n < N)[None, :], other=0.0)
+    b_step = final_steps(raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h), m_t, low, high, SOFTPLUS, LIMIT)
+    b_total = tl.cumsum(b_step.to(tl.float64) * (tl.load(p_A + i_h).to(tl.float64) * LOG2E), 0)
+    total = last_of(b_total, BL)
+    b_factor = tl.exp2(b_total.to(tl.float32)) if SINCE else b_step * tl.exp2((total - b_total).to(tl.float32))
+    at_state = (tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t
+    b_state = dot(tl.trans(b_x.to(tl.float32) * b_factor[:, None]), b_B, KIND, PRECISION)
+    p_state = p_states + at_state * (P * N) + o_p[:, None] * N + o_n[None, :]
+    tl.store(p_state, b_state, mask=(o_p < P)[:, None] & (o_n < N)[None, :])
+    tl.store(p_through + at_state, tl.exp2(total.to(tl.float32)))
+
+
+@triton.jit
+def carried(p_states, p_through, k, m_k, o_i, m_i, SIZE: tl.constexpr):
+    """What chunk k alone adds, and its decay."""
+    b_add = tl.load(p_states + k.to(tl.int64) * SIZE + o_i, mask=m_i & m_k, other=0.0)
+    return b_add, tl.load(p_through + k, mask=m_k, other=1.0)
+
+
+@triton.jit
+def walk(
+    p_states,
+    p_through,
+    p_first,
+    p_last,
+    p_ends,
+    length,
+    chunks,
+    H: tl.constexpr,
+    SIZE: tl.constexpr,
+    ENDS: tl.constexpr,
+    BACK: tl.constexpr,
+    BL: tl.constexpr,
+    BI: tl.constexpr,
+):
+    """Replaces what each chunk alone adds by what arrives at it, forward or, with BACK, from the end."""
+    i_sh = tl.program_id(0)
+    _, count, _ = sequence_bounds(p_ends, i_sh // H, length, ENDS)
+    used = (count + BL - 1) // BL
+    o_i = tl.program_id(1) * BI + tl.arange(0, BI)
+    m_i = o_i < SIZE
+    at = tl.cast(i_sh, tl.int64)
+    p_states += at * chunks * SIZE
+    p_through += at * chunks
+    b_state = tl.zeros([BI], tl.float32)
+    if p_first is not None:
+        b_state += tl.load(p_first + at * SIZE + o_i, mask=m_i, other=0.0).to(tl.float32)
+    k = used * 0
+    step = 1
+    if BACK:
+        k = used - 1
+        step = -1
+    for done in range(0, used, 4):
+        # Four loads together before the first store: a store would hold back the loads behind it.
+        b_0, through_0 = carried(p_states, p_through, k, done < used, o_i, m_i, SIZE)
+        b_1, through_1 = carried(p_states, p_through, k + step, done + 1 < used, o_i, m_i, SIZE)
+        b_2, through_2 = carried(p_states, p_through, k + 2 * step, done + 2 < used, o_i, m_i, SIZE)
+        b_3, through_3 = carried(p_states, p_through, k + 3 * step, done + 3 < used, o_i, m_i, SIZE)
+        p_to = p_states + k.to(tl.int64) * SIZE + o_i
+        tl.store(p_to, b_state, mask=m_i)
+        b_state = b_state * through_0 + b_0
+        tl.store(p_to + step * SIZE, b_state, mask=m_i & (done + 1 < used))
+        b_state = b_state * through_1 + b_1
+        tl.store(p_to + 2 * step * SIZE, b_state, mask=m_i & (done + 2 < used))
+        b_state = b_state * through_2 + b_2
+        tl.store(p_to + 3 * step * SIZE, b_state, mask=m_i & (done + 3 < used))
+        b_state = b_state * through_3 + b_3
+        k += 4 * step
+    if p_last is not None:
+        tl.store(p_last + at * SIZE + o_i, b_state, mask=m_i)
+
+
+@triton.jit
 def scan_forward(
     p_x,
     p_dt,
@@ -73,13 +224,11 @@ def scan_forward(
     p_C,
     p_D,
     p_bias,
-    p_initial,
     p_ends,
     p_y,
     p_states,
-    p_final,
     length,
-    tiles,
+    chunks,
     low,
     high,
     x_batch,
@@ -111,73 +260,53 @@ def scan_forward(
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_h = tl.program_id(0)
-    i_s = tl.program_id(1)
+    i_h, i_t, i_s, first, count, written = place_of(p_ends, length, chunks, H, ENDS)
+    if i_t * BL >= written:
+        return
     i_g = i_h // SHARES
-    first, count, written = sequence_bounds(p_ends, i_s, length, ENDS)
     p_x += sequence_start(first, i_s, x_batch, ROW_X, ALIGN, ENDS) + i_h * HEAD_X
     p_B += sequence_start(first, i_s, B_batch, ROW_B, ALIGN, ENDS) + i_g * GROUP_B
     p_C += sequence_start(first, i_s, C_batch, ROW_C, ALIGN, ENDS) + i_g * GROUP_C
-    if ENDS == PACKED:
-        row = first
-        p_dt += first * dt_row + i_h * dt_head
-    else:
-        row = tl.cast(i_s, tl.int64) * length
-        p_dt += tl.cast(i_s, tl.int64) * dt_batch + i_h * dt_head
-    p_y += row * (H * P) + i_h * P
-    A = tl.load(p_A + i_h).to(tl.float64) * LOG2E
+    p_dt = dt_start(p_dt, first, i_s, i_h, dt_batch, dt_row, dt_head, ENDS)
+    p_y += row_start(first, i_s, length, ENDS) * (H * P) + i_h * P
 
-    o_l = tl.arange(0, BL)
+    o_t = i_t * BL + tl.arange(0, BL)
     o_p = tl.arange(0, BP)
     o_n = tl.arange(0, BN)
+    m_t = o_t < count
     m_p = o_p < P
     m_n = o_n < N
-    o_state = o_p[:, None] * N + o_n[None, :]
-    m_state = m_p[:, None] & m_n[None, :]
-    at_state = (tl.cast(i_s, tl.int64) * H + i_h) * (P * N)
+    m_tx = m_t[:, None] & m_p[None, :]
+    m_tn = m_t[:, None] & m_n[None, :]
+    A = tl.load(p_A + i_h).to(tl.float64) * LOG2E
+    b_step = final_steps(raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h), m_t, low, high, SOFTPLUS, LIMIT)
+    b_total = tl.cumsum(b_step.to(tl.float64) * A, 0)
+    b_B = tl.load(p_B + o_t[:, None] * ROW_B + o_n[None, :], mask=m_tn, other=0.0)
+    b_C = tl.load(p_C + o_t[:, None] * ROW_C + o_n[None, :], mask=m_tn, other=0.0)
+    b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_tx, other=0.0).to(tl.float32)
+    b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * decay_matrix(b_total, BL)
+    b_writes = b_x * b_step[:, None]
+    b_y = dot(b_M, b_writes, KIND, PRECISION)
     if STATEFUL:
-        b_state = tl.zeros([BP, BN], tl.float32)
-        if p_initial is not None:
-            b_state += tl.load(p_initial + at_state + o_state, mask=m_state, other=0.0).to(tl.float32)
-
-    for i_t in range(tiles):
-        o_t = i_t * BL + o_l
-        m_t = o_t < count
-        b_step = final_steps(raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h), m_t, low, high, SOFTPLUS, LIMIT)
-        b_total = tl.cumsum(b_step.to(tl.float64) * A, 0)
-        m_tx = m_t[:, None] & m_p[None, :]
-        m_tn = m_t[:, None] & m_n[None, :]
-        b_B = tl.load(p_B + o_t[:, None] * ROW_B + o_n[None, :], mask=m_tn, other=0.0)
-        b_C = tl.load(p_C + o_t[:, None] * ROW_C + o_n[None, :], mask=m_tn, other=0.0)
-        b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_tx, other=0.0).to(tl.float32)
-        b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * decay_matrix(b_total, BL)
-        b_writes = b_x * b_step[:, None]
-        b_y = dot(b_M, b_writes, KIND, PRECISION)
-        if STATEFUL:
-            p_state = p_states + (at_state * tiles + tl.cast(i_t, tl.int64) * (P * N))
-            tl.store(p_state + o_state, b_state, mask=m_state)
-            total = last_of(b_total, BL)
-            b_since = tl.exp2(b_total.to(tl.float32))
-            b_until = tl.exp2((total - b_total).to(tl.float32))
-            b_y += dot(b_C, tl.trans(b_state), KIND, PRECISION) * b_since[:, None]
-            b_state = b_state * tl.exp2(total.to(tl.float32)) + dot(
-                tl.trans(b_writes * b_until[:, None]), b_B, KIND, PRECISION
-            )
-        if p_D is not None:
-            if D_WIDE:
-                b_D = tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
-            else:
-                b_D = tl.load(p_D + i_h).to(tl.float32)
-            if SKIP_DT:
-                b_y += b_D * b_writes
-            else:
-                b_y += b_D * b_x
-        if ENDS == LENGTHS:
-            b_y = tl.where(m_t[:, None], b_y, 0.0)
-        m_y = (o_t < written)[:, None] & m_p[None, :]
-        tl.store(p_y + o_t[:, None] * (H * P) + o_p[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
-    if p_final is not None:
-        tl.store(p_final + at_state + o_state, b_state, mask=m_state)
+        at_state = (tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t
+        p_state = p_states + at_state * (P * N) + o_p[:, None] * N + o_n[None, :]
+        m_state = m_p[:, None] & m_n[None, :] & (i_t * BL < count)
+        b_state = tl.load(p_state, mask=m_state, other=0.0)
+        b_since = tl.exp2(b_total.to(tl.float32))
+        b_y += dot(b_C, tl.trans(b_state), KIND, PRECISION) * b_since[:, None]
+    if p_D is not None:
+        if D_WIDE:
+            b_D = tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
+        else:
+            b_D = tl.load(p_D + i_h).to(tl.float32)
+        if SKIP_DT:
+            b_y += b_D * b_writes
+        else:
+            b_y += b_D * b_x
+    if ENDS == LENGTHS:
+        b_y = tl.where(m_t[:, None], b_y, 0.0)
+    m_y = (o_t < written)[:, None] & m_p[None, :]
+    tl.store(p_y + o_t[:, None] * (H * P) + o_p[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
 @triton.jit
@@ -191,17 +320,16 @@ def scan_backward(
     p_bias,
     p_ends,
     p_states,
-    p_dfinal,
+    p_dstates,
     p_grad,
     p_dx,
     p_ddt,
     p_dB,
     p_dC,
-    p_dinitial,
     p_sums,
     p_dD,
     length,
-    tiles,
+    chunks,
     low,
     high,
     x_batch,
@@ -237,19 +365,28 @@ def scan_backward(
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_h = tl.program_id(0)
-    i_s = tl.program_id(1)
+    i_h, i_t, i_s, first, count, written = place_of(p_ends, length, chunks, H, ENDS)
+    o_p = tl.arange(0, BP)
+    o_n = tl.arange(0, BN)
+    m_p = o_p < P
+    m_n = o_n < N
+    at_chunk = tl.cast(i_s, tl.int64) * chunks + i_t
+    p_sums += at_chunk * (3 * H) + i_h
+    p_dD += (at_chunk * H + i_h) * P + o_p
+    if i_t * BL >= written:
+        tl.store(p_sums, 0.0)
+        tl.store(p_sums + H, 0.0)
+        if D_WIDE:
+            tl.store(p_dD, tl.zeros([BP], tl.float32), mask=m_p)
+        else:
+            tl.store(p_sums + 2 * H, 0.0)
+        return
     i_g = i_h // SHARES
-    first, count, written = sequence_bounds(p_ends, i_s, length, ENDS)
     p_x += sequence_start(first, i_s, x_batch, ROW_X, ALIGN, ENDS) + i_h * HEAD_X
     p_B += sequence_start(first, i_s, B_batch, ROW_B, ALIGN, ENDS) + i_g * GROUP_B
     p_C += sequence_start(first, i_s, C_batch, ROW_C, ALIGN, ENDS) + i_g * GROUP_C
-    if ENDS == PACKED:
-        row = first
-        p_dt += first * dt_row + i_h * dt_head
-    else:
-        row = tl.cast(i_s, tl.int64) * length
-        p_dt += tl.cast(i_s, tl.int64) * dt_batch + i_h * dt_head
+    p_dt = dt_start(p_dt, first, i_s, i_h, dt_batch, dt_row, dt_head, ENDS)
+    row = row_start(first, i_s, length, ENDS)
     p_grad += row * (H * P) + i_h * P
     p_dx += row * ROW_DX + i_h * P
     p_dB += (i_h % SHARES).to(tl.int64) * share + row * ROW_DB + i_g * N
@@ -257,116 +394,197 @@ def scan_backward(
     p_ddt += row * H + i_h
     A = tl.load(p_A + i_h).to(tl.float32)
 
-    o_l = tl.arange(0, BL)
-    o_p = tl.arange(0, BP)
-    o_n = tl.arange(0, BN)
-    m_p = o_p < P
-    m_n = o_n < N
-    o_state = o_p[:, None] * N + o_n[None, :]
-    m_state = m_p[:, None] & m_n[None, :]
-    at_state = (tl.cast(i_s, tl.int64) * H + i_h) * (P * N)
+    o_t = i_t * BL + tl.arange(0, BL)
+    m_t = o_t < count
+    m_written = o_t < written
+    m_tx = m_t[:, None] & m_p[None, :]
+    m_tn = m_t[:, None] & m_n[None, :]
+    m_n_out = m_written[:, None] & m_n[None, :]
+    m_p_out = m_written[:, None] & m_p[None, :]
+    o_x = o_t[:, None] * ROW_X + o_p[None, :]
+    o_B = o_t[:, None] * ROW_B + o_n[None, :]
+    o_C = o_t[:, None] * ROW_C + o_n[None, :]
+    o_dy = o_t[:, None] * (H * P) + o_p[None, :]
+    b_dt = raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h)
+    b_step = final_steps(b_dt, m_t, low, high, SOFTPLUS, LIMIT)
+    b_total = tl.cumsum(b_step.to(tl.float64) * (A.to(tl.float64) * LOG2E), 0)
+    # Inputs are read again, from the cache, for each product that wants them in another layout: kept, they would fill
+    # the shared memory and the registers. The stores between keep the compiler from joining the reads.
+    b_C = tl.load(p_C + o_C, mask=m_tn, other=0.0)
+    b_M = dot(b_C, tl.trans(tl.load(p_B + o_B, mask=m_tn, other=0.0)), KIND, PRECISION)
+    b_dy = tl.load(p_grad + o_dy, mask=m_tx, other=0.0)
+    b_x = tl.load(p_x + o_x, mask=m_tx, other=0.0).to(tl.float32)
+    b_writes = b_x * b_step[:, None]
+    b_dD = tl.sum(b_dy.to(tl.float32) * (b_writes if SKIP_DT else b_x), 0)
+    if D_WIDE:
+        tl.store(p_dD, b_dD, mask=m_p)
+    else:
+        tl.store(p_sums + 2 * H, tl.sum(b_dD, 0))
+    b_W = dot(b_dy, tl.trans(b_writes), KIND, PRECISION)
+    b_decay = decay_matrix(b_total, BL)
+    b_M *= b_decay
+    b_ends = decay_gradient(b_W * b_M)
+    b_W *= b_decay
+    b_dC = dot(b_W, tl.load(p_B + o_B, mask=m_tn, other=0.0), KIND, PRECISION)
+    offset = tl.zeros((), tl.float64)
     if STATEFUL:
-        b_dstate = tl.zeros([BP, BN], tl.float32)
-        if p_dfinal is not None:
-            b_dstate += tl.load(p_dfinal + at_state + o_state, mask=m_state, other=0.0)
-    b_dA = tl.zeros([BL], tl.float32)
-    b_dbias = tl.zeros([BL], tl.float32)
-    b_dD = tl.zeros([BP], tl.float32)
+        total = last_of(b_total, BL)
+        through = tl.exp2(total.to(tl.float32))
+        b_until = tl.exp2((total - b_total).to(tl.float32))[:, None]
+        at_state = ((tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t) * (P * N)
+        o_state = at_state + o_p[:, None] * N + o_n[None, :]
+        m_state = m_p[:, None] & m_n[None, :] & (i_t * BL < count)
+        b_state = tl.load(p_states + o_state, mask=m_state, other=0.0)
+        passed = tl.sum(tl.sum(tl.load(p_dstates + o_state, mask=m_state, other=0.0) * b_state, 1), 0) * through
+        offset += passed.to(tl.float64)
+        b_part = dot(b_dy, b_state, KIND, PRECISION) * tl.exp2(b_total.to(tl.float32))[:, None]
+        b_ends += tl.sum(b_part * b_C.to(tl.float32), 1).to(tl.float64)
+        b_dC += b_part
+    tl.store(p_dC + o_t[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
+
+    b_dB = dot(tl.trans(b_W), tl.load(p_C + o_C, mask=m_tn, other=0.0), KIND, PRECISION)
+    if STATEFUL:
+        b_B = tl.load(p_B + o_B, mask=m_tn, other=0.0)
+        b_dstate = tl.load(p_dstates + o_state, mask=m_state, other=0.0)
+        b_part = dot(b_writes, b_dstate, KIND, PRECISION) * b_until
+        b_wrote = tl.sum(b_part * b_B.to(tl.float32), 1).to(tl.float64)
+        b_ends -= b_wrote
+        offset += tl.sum(b_wrote, 0)
+        b_dB += b_part
+    tl.store(p_dB + o_t[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
+
+    b_da = tl.where(m_t, (tl.sum(b_ends, 0) - tl.cumsum(b_ends, 0) + b_ends + offset).to(tl.float32), 0.0)
+    b_dy = tl.load(p_grad + o_dy, mask=m_tx, other=0.0)
+    b_dwrites = dot(tl.trans(b_M), b_dy, KIND, PRECISION)
+    b_dy = b_dy.to(tl.float32)
+    if STATEFUL:
+        b_B = tl.load(p_B + o_B, mask=m_tn, other=0.0)
+        b_dstate = tl.load(p_dstates + o_state, mask=m_state, other=0.0)
+        b_dwrites += dot(b_B, tl.trans(b_dstate), KIND, PRECISION) * b_until
     b_D = tl.zeros([1, BP], tl.float32)
     if p_D is not None:
         if D_WIDE:
             b_D += tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
         else:
             b_D += tl.load(p_D + i_h).to(tl.float32)
-
-    for back in range(tiles):
-        i_t = tiles - 1 - back
-        o_t = i_t * BL + o_l
-        m_t = o_t < count
-        m_written = o_t < written
-        b_dt = raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h)
-        b_step = final_steps(b_dt, m_t, low, high, SOFTPLUS, LIMIT)
-        b_total = tl.cumsum(b_step.to(tl.float64) * (A.to(tl.float64) * LOG2E), 0)
-        m_tx = m_t[:, None] & m_p[None, :]
-        m_tn = m_t[:, None] & m_n[None, :]
-        b_B = tl.load(p_B + o_t[:, None] * ROW_B + o_n[None, :], mask=m_tn, other=0.0)
-        b_C = tl.load(p_C + o_t[:, None] * ROW_C + o_n[None, :], mask=m_tn, other=0.0)
-        b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_tx, other=0.0).to(tl.float32)
-        b_dy = tl.load(p_grad + o_t[:, None] * (H * P) + o_p[None, :], mask=m_tx, other=0.0)
-        b_decay = decay_matrix(b_total, BL)
-        b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * b_decay
-        b_writes = b_x * b_step[:, None]
-        b_W = dot(b_dy, tl.trans(b_writes), KIND, PRECISION)
-        b_ends = decay_gradient(b_W * b_M)
-        b_dscores = b_W * b_decay
-        b_dC = dot(b_dscores, b_B, KIND, PRECISION)
-        b_dB = dot(tl.trans(b_dscores), b_C, KIND, PRECISION)
-        b_dwrites = dot(tl.trans(b_M), b_dy, KIND, PRECISION)
-        b_dy = b_dy.to(tl.float32)
-        if STATEFUL:
-            total = last_of(b_total, BL)
-            through = tl.exp2(total.to(tl.float32))
-            b_since = tl.exp2(b_total.to(tl.float32))[:, None]
-            b_until = tl.exp2((total - b_total).to(tl.float32))[:, None]
-            p_state = p_states + (at_state * tiles + tl.cast(i_t, tl.int64) * (P * N))
-            b_state = tl.load(p_state + o_state, mask=m_state, other=0.0)
-            b_dC_state = dot(b_dy, b_state, KIND, PRECISION) * b_since
-            b_dB_state = dot(b_writes, b_dstate, KIND, PRECISION) * b_until
-            b_dC += b_dC_state
-            b_dB += b_dB_state
-            b_dwrites += dot(b_B, tl.trans(b_dstate), KIND, PRECISION) * b_until
-            b_read = tl.sum(b_dC_state * b_C.to(tl.float32), 1).to(tl.float64)
-            b_wrote = tl.sum(b_dB_state * b_B.to(tl.float32), 1).to(tl.float64)
-            b_ends += b_read - b_wrote
-            passed = tl.sum(tl.sum(b_dstate * b_state, 1), 0) * through
-            offset = tl.sum(b_wrote, 0) + passed.to(tl.float64)
-            b_dstate = b_dstate * through + dot(tl.trans(b_dy * b_since), b_C, KIND, PRECISION)
-        b_da = tl.sum(b_ends, 0) - tl.cumsum(b_ends, 0) + b_ends
-        if STATEFUL:
-            b_da += offset
-        b_da = tl.where(m_t, b_da.to(tl.float32), 0.0)
-        if SKIP_DT:
-            b_dD += tl.sum(b_dy * b_writes, 0)
-            b_dwrites += b_D * b_dy
-            b_dx = b_dwrites * b_step[:, None]
-        else:
-            b_dD += tl.sum(b_dy * b_x, 0)
-            b_dx = b_dwrites * b_step[:, None] + b_D * b_dy
-        b_dA += b_da * b_step
-        b_dstep = tl.sum(b_dwrites * b_x, 1) + b_da * A
-        if LIMIT:
-            b_free = b_dt
-            if SOFTPLUS:
-                b_free = softplus(b_dt)
-            b_dstep = tl.where((b_free >= low) & (b_free <= high), b_dstep, 0.0)
-        if SOFTPLUS:
-            b_dstep *= sigmoid(b_dt)
-        b_dstep = tl.where(m_t, b_dstep, 0.0)
-        b_dbias += b_dstep
-        tl.store(p_ddt + o_t * H, b_dstep.to(p_ddt.dtype.element_ty), mask=m_written)
-        m_n_out = m_written[:, None] & m_n[None, :]
-        m_p_out = m_written[:, None] & m_p[None, :]
-        tl.store(p_dx + o_t[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_p_out)
-        tl.store(p_dB + o_t[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
-        tl.store(p_dC + o_t[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
-    if p_dinitial is not None:
-        tl.store(p_dinitial + at_state + o_state, b_dstate, mask=m_state)
-    p_sums += (tl.cast(i_s, tl.int64) * 3) * H + i_h
-    tl.store(p_sums, tl.sum(b_dA, 0))
-    tl.store(p_sums + H, tl.sum(b_dbias, 0))
-    if D_WIDE:
-        tl.store(p_dD + (tl.cast(i_s, tl.int64) * H + i_h) * P + o_p, b_dD, mask=m_p)
+    if SKIP_DT:
+        b_dwrites += b_D * b_dy
+        b_dx = b_dwrites * b_step[:, None]
     else:
-        tl.store(p_sums + 2 * H, tl.sum(b_dD, 0))
+        b_dx = b_dwrites * b_step[:, None] + b_D * b_dy
+    b_x = tl.load(p_x + o_x, mask=m_tx, other=0.0).to(tl.float32)
+    b_dstep = tl.sum(b_dwrites * b_x, 1) + b_da * A
+    tl.store(p_dx + o_t[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_p_out)
+    if LIMIT:
+        b_free = b_dt
+        if SOFTPLUS:
+            b_free = softplus(b_dt)
+        b_dstep = tl.where((b_free >= low) & (b_free <= high), b_dstep, 0.0)
+    if SOFTPLUS:
+        b_dstep *= sigmoid(b_dt)
+    b_dstep = tl.where(m_t, b_dstep, 0.0)
+    tl.store(p_ddt + o_t * H, b_dstep.to(p_ddt.dtype.element_ty), mask=m_written)
+    tl.store(p_sums, tl.sum(b_da * b_step, 0))
+    tl.store(p_sums + H, tl.sum(b_dstep, 0))
 
 
 def _sizes(
     x: torch.Tensor, B: torch.Tensor, ends: torch.Tensor | None, packed: bool, longest: int
 ) -> tuple[int, int, int, int, int]:
-    """Sequences, places of a tile, tiles, and P and N rounded up."""
+    """Sequences, places of a chunk, chunks, and P and N rounded up."""
     sequences = ends.numel() - 1 if packed and ends is not None else x.shape[0]
-    places = tile(longest) if longest <= ONE_TILE else LONG_TILE
-    return sequences, places, tile_count(longest), tile(x.shape[3]), tile(B.shape[3])
+    width, state = x.shape[3], B.shape[3]
+    return (
+        sequences,
+        chunk_places(longest, width, state),
+        chunks(longest, width, state),
+        tile(width),
+        tile(state),
+    )
+
+
+def _warps(table: dict[int, int], BL: int, BP: int, BN: int, stateful: bool) -> int:
+    if BP * BN > ONE_TILE * ONE_TILE:
+        return 8
+    return 4 if stateful else table[BL]
+
+
+def _arrivals(
+    writer: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    bias: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    packed: bool,
+    longest: int,
+    softplus_on: bool,
+    limit: tuple[float, float] | None,
+    first: torch.Tensor | None,
+    last: torch.Tensor | None,
+    back: bool,
+) -> torch.Tensor:
+    """What arrives at each chunk [S, H, K, P, N]: the state or, with `back`, its gradient; `last` receives the end."""
+    length, heads, width = writer.shape[1:]
+    groups, state = B.shape[2:]
+    sequences, BL, count, BP, BN = _sizes(writer, B, ends, packed, longest)
+    states = torch.empty(sequences, heads, count, width, state, dtype=torch.float32, device=writer.device)
+    through = torch.empty(sequences, heads, count, dtype=torch.float32, device=writer.device)
+    unit = align(*(t.stride(i) for t in (writer, B) for i in (0, 1, 2)))
+    mode = 0 if ends is None else 2 if packed else 1
+    chunk_writes[(heads * count * sequences,)](
+        writer,
+        dt,
+        A,
+        B,
+        bias,
+        ends,
+        states,
+        through,
+        length,
+        count,
+        *((0.0, 0.0) if limit is None else limit),
+        writer.stride(0) // unit,
+        B.stride(0) // unit,
+        *dt.stride(),
+        H=heads,
+        P=width,
+        N=state,
+        SHARES=heads // groups,
+        ROW_X=writer.stride(1),
+        HEAD_X=writer.stride(2),
+        ROW_B=B.stride(1),
+        GROUP_B=B.stride(2),
+        ALIGN=unit,
+        ENDS=mode,
+        SOFTPLUS=softplus_on,
+        LIMIT=limit is not None,
+        SINCE=back,
+        BL=BL,
+        BP=BP,
+        BN=BN,
+        KIND=kind(writer.dtype),
+        PRECISION=precision(),
+        num_warps=STATE_WARPS,
+        num_stages=1,
+    )
+    walk[(heads * sequences, triton.cdiv(width * state, WALK))](
+        states,
+        through,
+        first,
+        last,
+        ends,
+        length,
+        count,
+        H=heads,
+        SIZE=width * state,
+        ENDS=mode,
+        BACK=back,
+        BL=BL,
+        BI=WALK,
+        num_warps=2,
+    )
+    return states
 
 
 def _strides(
@@ -402,20 +620,23 @@ def forward(
     skip_dt: bool,
     want_final: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Y [B, L, H, P], the states at the tiles' starts [B, H, K, P, N], the last states; empty where not needed."""
+    """Y [B, L, H, P], the states at the chunks' starts [B, H, K, P, N], the last states; empty where not needed."""
     batch, length, heads, width = x.shape
     groups, state = B.shape[2:]
-    sequences, BL, tiles, BP, BN = _sizes(x, B, ends, packed, longest)
+    sequences, BL, count, BP, BN = _sizes(x, B, ends, packed, longest)
     y = torch.empty(batch, length, heads, width, dtype=x.dtype, device=x.device)
-    stateful = tiles > 1 or initial is not None or want_final
-    states = torch.empty(
-        (sequences, heads, tiles, width, state) if stateful else (0,), dtype=torch.float32, device=x.device
-    )
+    stateful = count > 1 or initial is not None or want_final
+    states = torch.empty((0,), dtype=torch.float32, device=x.device)
     final = torch.empty((sequences, heads, width, state) if want_final else (0,), dtype=torch.float32, device=x.device)
     if sequences == 0:
-        return y, states, final
+        return y, states.new_empty((0, heads, count, width, state)) if stateful else states, final
+    if stateful:
+        first = None if initial is None else initial.contiguous()
+        last = final if want_final else None
+        where = (ends, packed, longest, softplus_on, limit)
+        states = _arrivals(x, dt, A, B, bias, *where, first, last, False)
     strides, layout = _strides(x, dt, B, C)
-    scan_forward[(heads, sequences)](
+    scan_forward[(heads * count * sequences,)](
         x,
         dt,
         A,
@@ -423,13 +644,11 @@ def forward(
         C,
         D,
         bias,
-        None if initial is None else initial.contiguous(),
         ends,
         y,
         states,
-        final if want_final else None,
         length,
-        tiles,
+        count,
         *((0.0, 0.0) if limit is None else limit),
         *strides,
         H=heads,
@@ -448,7 +667,7 @@ def forward(
         BN=BN,
         KIND=kind(x.dtype),
         PRECISION=precision(),
-        num_warps=LONG_FORWARD_WARPS if stateful else FORWARD_WARPS[BL],
+        num_warps=_warps(FORWARD_WARPS, BL, BP, BN, stateful),
         num_stages=1,
     )
     return y, states, final
@@ -481,7 +700,7 @@ def backward(
     batch, length, heads, width = x.shape
     groups, state = B.shape[2:]
     shares = heads // groups
-    sequences, BL, tiles, BP, BN = _sizes(x, B, ends, packed, longest)
+    sequences, BL, count, BP, BN = _sizes(x, B, ends, packed, longest)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -498,11 +717,18 @@ def backward(
         B_target, C_target = d_B, d_C
     d_dt = new(batch, length, heads, dtype=dt.dtype)
     d_initial = new(0) if initial is None else new(*initial.shape)
-    sums = new(sequences, 3, heads) if sequences else torch.zeros(1, 3, heads, device=x.device)
-    d_D = new(sequences if wide else 0, heads, width)
+    sums = new(sequences * count, 3, heads) if sequences else torch.zeros(1, 3, heads, device=x.device)
+    d_D = new(sequences * count if wide else 0, heads, width)
     if sequences:
+        grad = grad.reshape(x.shape).contiguous()
+        d_states = states
+        if states.numel():
+            first = None if grad_final is None else grad_final.contiguous()
+            last = None if initial is None else d_initial
+            where = (ends, packed, longest, softplus_on, limit)
+            d_states = _arrivals(grad, dt, A, C, bias, *where, first, last, True)
         strides, layout = _strides(x, dt, B, C)
-        scan_backward[(heads, sequences)](
+        scan_backward[(heads * count * sequences,)](
             x,
             dt,
             A,
@@ -512,17 +738,16 @@ def backward(
             bias,
             ends,
             states,
-            None if grad_final is None else grad_final.contiguous(),
-            grad.contiguous(),
+            d_states,
+            grad,
             d_x,
             d_dt,
             B_target,
             C_target,
-            None if initial is None else d_initial,
             sums,
             d_D,
             length,
-            tiles,
+            count,
             *((0.0, 0.0) if limit is None else limit),
             *strides,
             batch * length * groups * state,
@@ -545,7 +770,7 @@ def backward(
             BN=BN,
             KIND=kind(x.dtype),
             PRECISION=precision(),
-            num_warps=LONG_BACKWARD_WARPS if states.numel() else BACKWARD_WARPS[BL],
+            num_warps=_warps(BACKWARD_WARPS, BL, BP, BN, states.numel() > 0),
             num_stages=1,
         )
     if shares > 1:

@@ -1,6 +1,6 @@
 """The scan as operators of torch, with shapes for tracing and a gradient. The kernels are imported when one runs.
 
-Letters: B sequences, L places, H heads, P head dim, G groups, N state, K tiles of a sequence.
+Letters: B sequences, L places, H heads, P head dim, G groups, N state, K chunks of a sequence.
 """
 
 from __future__ import annotations
@@ -9,16 +9,26 @@ from typing import Any
 
 import torch
 
-ONE_TILE = 64
-LONG_TILE = 32
-"""Longest sequence that is one tile; places of a tile of longer ones."""
+ONE_TILE, WIDE_TILE = 64, 32
+"""Most places of a chunk, and the same where head dim times state is more than 64 times 64."""
 MAX_WIDTH = 128
 """Largest head dim and state that the kernels take."""
 
 
-def tile_count(longest: int) -> int:
-    """Tiles of the longest sequence."""
-    return 1 if longest <= ONE_TILE else (longest + LONG_TILE - 1) // LONG_TILE
+def _rounded(size: int) -> int:
+    """The power of two that holds `size`, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def chunk_places(longest: int, width: int, state: int) -> int:
+    """Places of a chunk, for the longest sequence, the head dim and the state."""
+    wide = _rounded(width) * _rounded(state) > ONE_TILE * ONE_TILE
+    return min(_rounded(longest), WIDE_TILE if wide else ONE_TILE)
+
+
+def chunks(longest: int, width: int, state: int) -> int:
+    """Chunks of the longest sequence."""
+    return -(-longest // chunk_places(longest, width, state))
 
 
 @torch.library.custom_op("mmm4rec_kernels::ssd", mutates_args=())
@@ -67,12 +77,12 @@ def _forward_shapes(
     want_final: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sequences = ends.shape[0] - 1 if packed and ends is not None else x.shape[0]
-    tiles = tile_count(longest)
     states = (sequences, x.shape[2], x.shape[3], B.shape[3])
-    keep = tiles > 1 or initial is not None or want_final
+    count = chunks(longest, *states[2:])
+    keep = count > 1 or initial is not None or want_final
     return (
         x.new_empty(x.shape),
-        x.new_empty((*states[:2], tiles, *states[2:]) if keep else (0,), dtype=torch.float32),
+        x.new_empty((*states[:2], count, *states[2:]) if keep else (0,), dtype=torch.float32),
         x.new_empty(states if want_final else (0,), dtype=torch.float32),
     )
 
