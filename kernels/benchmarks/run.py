@@ -1,56 +1,117 @@
-"""Speed of the operations on one GPU, each form checked before it is timed; every row is kept, losing ones too.
+"""Speed of the operations on one GPU beside their peers, each form checked before it is timed; every row is kept.
 
-    python kernels/benchmarks/run.py --out kernels/benchmarks/results/h200.jsonl
+    python kernels/benchmarks/run.py --out kernels/benchmarks/results/h200_kernels.jsonl [--warm 16]
 
-A row is one form of one operation at one shape: median and 20 % and 80 % quantiles of the device time of CUDA-graph
-replays and, beside it, the host time of an ordinary call. The byte floor counts each input read once and each output
-written once. Letters: B sequences, L places, E width, H heads, P head dim, G groups, N state, C channels, K taps.
+Each peer runs in a process of its own, with our Triton kernels timed again beside it. A row is one form of one
+operation at one shape: `us` the device time of CUDA-graph replays (median, and 20 % and 80 % quantiles), `call_us` the
+time of an ordinary call until the device is done, `host_us` the part of it in which the host is busy. The byte floor
+counts each input read once and each output written once. Packed are 1,024 sequences one behind the other whose lengths
+are those of a small domain (mean 4.4, at most 20). Forms that know no packed sequences have no such row.
+
+Checked means: the first sequences of the very batch that is timed, output and gradients, against the recurrence in
+float64. Letters: B sequences, L places, E width, H heads, P head dim, G groups, N state, C channels, K taps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
+from peers import EPS, GN, E, Form, H, K, Missing, N, P, forms
 
 from mmm4rec_kernels import causal_conv1d, gated_rms_norm, ssd, ssd_block
 from mmm4rec_kernels.agreement import disagreement
 
 Tensors = dict[str, torch.Tensor]
-H, P, N, K = 8, 64, 64, 4
-E, GN = H * P, H * N
 BYTES_PER_MICROSECOND = 4.3e6
 """Copy bandwidth of an H200."""
-TF32_FLOOR, BFLOAT16_FLOOR = 2e-2, 4e-2
-"""What one-pass TF32 products, and forms that round intermediates to bfloat16, may lose more than the recurrence."""
+MODES = {
+    "tf32x3": (torch.float32, "highest", 1e-5),
+    "tf32": (torch.float32, "high", 2e-2),
+    "bfloat16": (torch.bfloat16, "high", 4e-2),
+}
+"""Products: dtype, torch's precision of float32 products, and what a form may lose more than the recurrence."""
+FORWARD, BACKWARD = "forward", "forward+backward"
+CHECKED, CHECKED_PACKED = 2, 8
+"""Sequences that are compared with the recurrence."""
+REFERENCES = {
+    "ssd": (ssd, {}),
+    "causal_conv1d": (causal_conv1d, {"activation": "silu"}),
+    "gated_rms_norm": (gated_rms_norm, {"eps": EPS}),
+    "ssd_block": (ssd_block, {"n_groups": H, "eps": EPS, "skip": "x"}),
+}
 
 
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda")
+@dataclass(frozen=True)
+class Shape:
+    """B sequences of L places, or with packed sequences [1, T] of at most L."""
+
+    batch: int
+    length: int
+    packed: bool = False
+
+    def offsets(self) -> torch.Tensor | None:
+        if not self.packed:
+            return None
+        draw = torch.rand(self.batch, generator=torch.Generator().manual_seed(0))
+        lengths = (1 + (draw.log() / math.log(1 - 1 / 4.35)).floor()).clamp(max=self.length).long()
+        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).cuda()
+
+    def leading(self) -> tuple[int, int]:
+        offsets = self.offsets()
+        return (self.batch, self.length) if offsets is None else (1, int(offsets[-1]))
 
 
-def scan_inputs(batch: int, length: int, dtype: torch.dtype) -> Tensors:
-    return {
-        "x": normal(batch, length, H, P).to(dtype),
-        "dt": normal(batch, length, H).to(dtype),
-        "A": -torch.rand(H, device="cuda") * 15 - 1,
-        "B": normal(batch, length, H, N).to(dtype),
-        "C": normal(batch, length, H, N).to(dtype),
-        "D": normal(H),
-        "dt_bias": normal(H) - 3,
-    }
+PACKED = Shape(1024, 20, packed=True)
+SHAPES = {
+    "ssd": [Shape(1024, 20), Shape(1024, 50), Shape(256, 200), Shape(64, 1024), Shape(8, 4096), PACKED],
+    "causal_conv1d": [Shape(1024, 20), Shape(1024, 50), Shape(256, 200), PACKED],
+    "gated_rms_norm": [Shape(1024, 20)],
+    "ssd_block": [Shape(1024, 20), Shape(1024, 50), Shape(256, 200), Shape(64, 1024), PACKED],
+}
 
 
-def block_inputs(batch: int, length: int, dtype: torch.dtype) -> Tensors:
+def inputs_of(operation: str, shape: Shape, dtype: torch.dtype) -> Tensors:
+    """The same numbers in every process."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    batch, length = shape.leading()
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", generator=generator)
+
+    if operation == "ssd":
+        return {
+            "x": normal(batch, length, H, P).to(dtype),
+            "dt": normal(batch, length, H).to(dtype),
+            "A": -torch.rand(H, device="cuda", generator=generator) * 15 - 1,
+            "B": normal(batch, length, H, N).to(dtype),
+            "C": normal(batch, length, H, N).to(dtype),
+            "D": normal(H),
+            "dt_bias": normal(H) - 3,
+        }
+    if operation == "causal_conv1d":
+        channels = E + 2 * GN
+        return {
+            "x_BLC": normal(batch, length, channels).to(dtype),
+            "weight_CK": normal(channels, K),
+            "bias": normal(channels),
+        }
+    if operation == "gated_rms_norm":
+        return {"y": normal(batch, length, E).to(dtype), "z": normal(batch, length, E).to(dtype), "weight": normal(E)}
     return {
         "projected": normal(batch, length, 2 * E + 2 * GN + H).to(dtype),
         "conv_weight_CK": normal(E + 2 * GN, K) / 2,
@@ -63,100 +124,79 @@ def block_inputs(batch: int, length: int, dtype: torch.dtype) -> Tensors:
     }
 
 
-def conv_inputs(batch: int, length: int, dtype: torch.dtype) -> Tensors:
-    channels = E + 2 * GN
-    return {
-        "x_BLC": normal(batch, length, channels).to(dtype),
-        "weight_CK": normal(channels, K),
-        "bias": normal(channels),
-    }
+def first(tensors: Tensors, shape: Shape) -> tuple[Tensors, dict[str, Any], int]:
+    """The sequences that are compared, the options that describe them, and how many rows or places they are."""
+    offsets, leading = shape.offsets(), shape.leading()
+    if offsets is None:
+        count, options = min(CHECKED, shape.batch), {}
+        return {k: t[:count] if t.shape[:2] == leading else t for k, t in tensors.items()}, options, count
+    count = int(offsets[CHECKED_PACKED])
+    options = {"cu_seqlens": offsets[: CHECKED_PACKED + 1]}
+    return {k: t[:, :count] if t.shape[:2] == leading else t for k, t in tensors.items()}, options, count
 
 
-def norm_inputs(batch: int, length: int, dtype: torch.dtype) -> Tensors:
-    return {
-        "y": normal(batch, length, E).to(dtype),
-        "z": normal(batch, length, E).to(dtype),
-        "weight": normal(E),
-    }
+def outcome(
+    function: Callable[..., torch.Tensor], tensors: Tensors, cotangent: torch.Tensor, **options: Any
+) -> Tensors:
+    """Output and every gradient."""
+    leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
+    y = function(**leaves, **options)
+    grads = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y.dtype))
+    return {"y": y.detach(), **{f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}}
 
 
-def naive_scan(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    dt_bias: torch.Tensor,
-) -> torch.Tensor:
-    """The quadratic form as it is usually written: decay matrix by segment sums, three einsums."""
-    dt = F.softplus(dt.float() + dt_bias)
-    step = dt[..., None] * x.float()
-    length = x.shape[1]
-    a = (dt * A).transpose(1, 2)[..., None].expand(-1, -1, -1, length)
-    lower = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(-1)
-    decay = a.masked_fill(~lower, 0).cumsum(-2)
-    decay = decay.masked_fill(torch.ones_like(lower).triu(1), -torch.inf).exp()
-    scores = torch.einsum("blhn,bshn->bhls", C.float(), B.float())
-    y = torch.einsum("bhls,bshp->blhp", scores * decay, step)
-    return (y + D[:, None] * step).to(x.dtype)
+def cotangent_of(y_shape: tuple[int, ...], shape: Shape, count: int) -> torch.Tensor:
+    """Zero behind the sequences that are compared, so that the gradients of the parameters are theirs alone."""
+    whole = torch.randn(y_shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    whole[(slice(None), slice(count, None)) if shape.packed else slice(count, None)] = 0
+    return whole
 
 
-def ours(function: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
-    return lambda **inputs: function(**inputs, **options)
+def y_shape(operation: str, shape: Shape) -> tuple[int, ...]:
+    wide = {"ssd": (H, P), "causal_conv1d": (E + 2 * GN,)}.get(operation, (E,))
+    return (*shape.leading(), *wide)
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "ssd": {
-        "inputs": scan_inputs,
-        "reference": ours(ssd, skip="dt_x", backend="reference"),
-        "forms": {
-            "triton": ours(ssd, skip="dt_x", backend="triton"),
-            "torch": ours(ssd, skip="dt_x", backend="torch"),
-            "naive": naive_scan,
-            "naive compiled": torch.compile(naive_scan, dynamic=False),
-        },
-        "shapes": [(1024, 20), (1024, 50), (256, 200), (64, 1024), (8, 4096)],
-    },
-    "causal_conv1d": {
-        "inputs": conv_inputs,
-        "reference": ours(causal_conv1d, activation="silu", backend="reference"),
-        "forms": {
-            "triton": ours(causal_conv1d, activation="silu", backend="triton"),
-            "torch": ours(causal_conv1d, activation="silu", backend="torch"),
-        },
-        "shapes": [(1024, 20)],
-    },
-    "gated_rms_norm": {
-        "inputs": norm_inputs,
-        "reference": ours(gated_rms_norm, eps=1e-12, backend="reference"),
-        "forms": {
-            "triton": ours(gated_rms_norm, eps=1e-12, backend="triton"),
-            "torch": ours(gated_rms_norm, eps=1e-12, backend="torch"),
-        },
-        "shapes": [(1024, 20)],
-    },
-    "ssd_block": {
-        "inputs": block_inputs,
-        "reference": ours(ssd_block, n_groups=H, eps=1e-12, backend="reference"),
-        "forms": {
-            "triton": ours(ssd_block, n_groups=H, eps=1e-12, backend="triton"),
-            "torch": ours(ssd_block, n_groups=H, eps=1e-12, backend="torch"),
-        },
-        "shapes": [(1024, 20), (1024, 50), (256, 200)],
-    },
-}
+def truth(folder: Path, form: Form, shape: Shape, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    """What the recurrence gives in float64 and in the dtype itself, for the sequences that are compared."""
+    known = "-".join(form.without) or "all"
+    path = folder / f"{form.operation}-{shape.batch}-{shape.length}-{shape.packed}-{str(dtype)[6:]}-{known}.pt"
+    if not path.exists():
+        tensors = {k: t for k, t in inputs_of(form.operation, shape, dtype).items() if k not in form.without}
+        few, options, count = first(tensors, shape)
+        cotangent = cotangent_of(y_shape(form.operation, shape), shape, count)
+        cotangent = cotangent[:, :count] if shape.packed else cotangent[:count]
+        function, fixed = REFERENCES[form.operation]
+        options |= fixed | {"backend": "reference"}
+        exact = outcome(function, {k: t.double() for k, t in few.items()}, cotangent, **options)
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.save((exact, outcome(function, few, cotangent, **options)), partial)
+        partial.rename(path)
+    return torch.load(path)
 
 
-def outcome(function: Callable[..., torch.Tensor], inputs: Tensors, dtype: torch.dtype | None = None) -> Tensors:
-    """Output and every gradient, for the sum of squares of the output."""
-    leaves = {k: (t if dtype is None else t.to(dtype)).detach().requires_grad_() for k, t in inputs.items()}
-    y = function(**leaves)
-    y.float().square().sum().backward() if dtype is None else y.square().sum().backward()
-    return {"y": y.detach(), **{f"d_{k}": t.grad for k, t in leaves.items() if t.grad is not None}}
+def wrong(
+    folder: Path, form: Form, function: Callable[..., torch.Tensor], shape: Shape, mode: str, directions: list[str]
+) -> str:
+    """What a form gets wrong in the batch that is timed; empty if nothing."""
+    dtype, precision, floor = MODES[mode]
+    torch.set_float32_matmul_precision("highest")
+    exact, yardstick = truth(folder, form, shape, dtype)
+    torch.set_float32_matmul_precision(precision)
+    tensors = {k: t for k, t in inputs_of(form.operation, shape, dtype).items() if k not in form.without}
+    _, _, count = first(tensors, shape)
+    cotangent = cotangent_of(y_shape(form.operation, shape), shape, count) if BACKWARD in directions else None
+    got = outcome(function, tensors, cotangent, **options_of(shape))
+    leading = shape.leading()
+    few = {k: (t[:, :count] if shape.packed else t[:count]) if t.shape[:2] == leading else t for k, t in got.items()}
+    return "; ".join(disagreement(few, {k: exact[k] for k in few}, yardstick, floor))
 
 
-def replays(step: Callable[[], object], count: int = 20) -> list[float]:
+def options_of(shape: Shape) -> dict[str, Any]:
+    return {"cu_seqlens": shape.offsets(), "max_length": shape.length} if shape.packed else {}
+
+
+def replays(step: Callable[[], object], count: int) -> list[float]:
     """Device times in microseconds of graph replays, sorted."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -167,7 +207,7 @@ def replays(step: Callable[[], object], count: int = 20) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for _ in range(5):
+    for _ in range(3):
         graph.replay()
     pairs = []
     for _ in range(count):
@@ -180,108 +220,184 @@ def replays(step: Callable[[], object], count: int = 20) -> list[float]:
     return sorted(1e3 * start.elapsed_time(end) for start, end in pairs)
 
 
-def host_time(step: Callable[[], object], count: int = 10) -> float:
-    """Median host time of a call in microseconds, the device kept idle before each."""
-    times = []
+def calls(step: Callable[[], object], count: int) -> tuple[float, float]:
+    """Medians in microseconds of ordinary calls, the device idle before each: until it is done, and of the host."""
+    whole, host = [], []
     for _ in range(count):
         torch.cuda.synchronize()
         start = time.perf_counter()
         step()
-        times.append(1e6 * (time.perf_counter() - start))
-    torch.cuda.synchronize()
-    return statistics.median(times)
+        host.append(1e6 * (time.perf_counter() - start))
+        torch.cuda.synchronize()
+        whole.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(whole), statistics.median(host)
 
 
-def rows(name: str, case: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
-    modes = (
-        ("float32", torch.float32, "highest"),
-        ("float32", torch.float32, "high"),
-        ("bfloat16", torch.bfloat16, "high"),
-    )
-    for batch, length in case["shapes"]:
-        for label, dtype, precision in modes:
-            for form, function in case["forms"].items():
-                if only and form not in only:
-                    continue
-                torch.set_float32_matmul_precision("highest")
-                torch.manual_seed(0)
-                few = case["inputs"](2, length, dtype)
-                truth = outcome(case["reference"], few, torch.float64)
-                yardstick = outcome(case["reference"], few)
-                torch.set_float32_matmul_precision(precision)
-                row = {"operation": name, "form": form, "batch": batch, "length": length, "dtype": label}
-                row["products"] = {"highest": "tf32x3", "high": "tf32"}[precision] if dtype == torch.float32 else label
-                try:
-                    floor = 1e-6 if precision == "highest" else TF32_FLOOR if dtype == torch.float32 else BFLOAT16_FLOOR
-                    wrong = disagreement(outcome(function, few), truth, yardstick, floor)
-                    if wrong:
-                        yield {**row, "error": "; ".join(wrong)}
-                        continue
-                    yield from timed(row, function, case["inputs"](batch, length, dtype))
-                except torch.OutOfMemoryError as error:
-                    yield {**row, "error": str(error).splitlines()[0]}
-                torch.cuda.empty_cache()
-
-
-def timed(row: dict[str, Any], function: Callable[..., torch.Tensor], inputs: Tensors) -> Iterator[dict[str, Any]]:
-    leaves = {k: t.detach().requires_grad_() for k, t in inputs.items()}
+def timed(
+    form: Form, function: Callable[..., torch.Tensor], shape: Shape, mode: str, directions: list[str]
+) -> Iterator[dict[str, Any]]:
+    """A row a direction."""
+    tensors = {k: t for k, t in inputs_of(form.operation, shape, MODES[mode][0]).items() if k not in form.without}
+    leaves, options = {k: t.detach().requires_grad_() for k, t in tensors.items()}, options_of(shape)
     with torch.no_grad():
-        y = function(**leaves)
+        y = function(**leaves, **options)
     cotangent = torch.randn_like(y)
-    size = sum(t.numel() * t.element_size() for t in inputs.values())
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
     result = y.numel() * y.element_size()
 
     def forward() -> None:
         with torch.no_grad():
-            function(**leaves)
+            function(**leaves, **options)
 
     def both() -> None:
-        torch.autograd.grad(function(**leaves), list(leaves.values()), cotangent)
+        torch.autograd.grad(function(**leaves, **options), list(leaves.values()), cotangent)
 
-    for direction, step, moved in (
-        ("forward", forward, size + result),
-        ("forward+backward", both, 3 * size + 2 * result),
-    ):
-        times = replays(step)
-        yield {
-            **row,
-            "direction": direction,
-            "us": round(times[len(times) // 2], 1),
-            "us_20": round(times[len(times) // 5], 1),
-            "us_80": round(times[len(times) * 4 // 5], 1),
-            "host_us": round(host_time(step), 1),
-            "floor_us": round(moved / BYTES_PER_MICROSECOND, 1),
-        }
+    for direction, step, moved in ((FORWARD, forward, size + result), (BACKWARD, both, 3 * size + 2 * result)):
+        if direction not in directions:
+            continue
+        for _ in range(2):
+            step()
+        call, host = calls(step, 3)
+        call, host = calls(step, max(5, min(15, int(2e5 / call))))
+        row = {"direction": direction, "call_us": round(call, 1), "host_us": round(host, 1)}
+        row["floor_us"] = round(moved / BYTES_PER_MICROSECOND, 1)
+        try:
+            times = replays(step, max(5, min(30, int(2e5 / call))))
+            for name, part in (("us", 2), ("us_20", 5)):
+                row[name] = round(times[len(times) // part], 1)
+            row["us_80"] = round(times[len(times) * 4 // 5], 1)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            row["not_recorded"] = str(error).splitlines()[0][:200]
+        yield row
+
+
+def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of one peer, ours beside it."""
+    for operation in options.operation or list(SHAPES):
+        mine = [form for form in forms() if form.operation == operation and form.peer in (options.peer, "triton")]
+        if all(form.peer == "triton" for form in mine) and options.peer != "triton":
+            continue
+        built = {}
+        for form in reversed(mine):
+            try:
+                built[form.name] = form.build()
+            except Missing as error:
+                yield {"operation": operation, "form": form.name, "peer": options.peer, "error": f"missing: {error}"}
+        if options.peer != "triton" and set(built) <= {"triton"}:
+            continue
+        for number, shape in enumerate(SHAPES[operation]):
+            if options.shape is not None and number != options.shape:
+                continue
+            for mode in options.products or list(MODES):
+                if mode == "tf32x3" and options.peer not in ("triton", "torch"):
+                    continue  # others take single TF32 products, whatever is asked for
+                for form in mine:
+                    if form.name not in built or not form.lengths(shape.length) or shape.packed > form.packed:
+                        continue
+                    yield from _rows(options, form, built[form.name], shape, mode)
+
+
+def _rows(
+    options: argparse.Namespace, form: Form, function: Callable[..., torch.Tensor], shape: Shape, mode: str
+) -> Iterator[dict[str, Any]]:
+    row = {"operation": form.operation, "form": form.name, "peer": options.peer}
+    row |= {"batch": shape.batch, "length": shape.length, "packed": shape.packed, "places": math.prod(shape.leading())}
+    row |= {"dtype": str(MODES[mode][0])[6:], "products": mode}
+    for directions in ([FORWARD, BACKWARD], [FORWARD]):
+        try:
+            bad = wrong(options.truths, form, function, shape, mode, directions)
+            if bad:
+                yield {**row, "error": bad}
+            elif not options.check_only:
+                for more in timed(form, function, shape, mode, directions):
+                    yield row | more
+            break
+        except Exception as error:  # another project's kernels may fail in any way; the row says how
+            said = (str(error) or type(error).__name__).splitlines()[0][:300]
+            yield {**row, "direction": directions[-1], "error": said}
+            torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
+
+
+def spawn(options: argparse.Namespace, peer: str, *more: str) -> str:
+    """One worker, ended after --limit seconds; what it printed."""
+    command = [sys.executable, __file__, "--out", str(options.out), "--peer", peer, "--truths", str(options.truths)]
+    command += ["--commit", options.commit, *more]
+    for name in ("operation", "products"):
+        if f"--{name}" not in more:
+            command += [part for value in getattr(options, name) or [] for part in (f"--{name}", value)]
+    begin = time.perf_counter()
+    environment = os.environ | {"TRITON_CACHE_AUTOTUNING": "0" if "--check-only" in more else "1"}
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=options.limit, env=environment
+        )
+        said = done.stdout if done.returncode == 0 else f"{done.stdout[-2000:]}\nexit status {done.returncode}\n"
+    except subprocess.TimeoutExpired as error:
+        said = f"{(error.stdout or b'').decode()[-2000:]}\nended after {options.limit} s\n"
+    return f"{said}{peer} {' '.join(more)}: {time.perf_counter() - begin:.1f} s"
+
+
+def warm(options: argparse.Namespace) -> None:
+    """Compiles and checks ours, torch's and the compiled forms, several at a time, before anything is timed."""
+    tasks = []
+    for operation in options.operation or list(SHAPES):
+        for mode in options.products or list(MODES):
+            common = ("--check-only", "--operation", operation, "--products", mode)
+            tasks += [(peer, *common) for peer in ("triton", "torch") if peer in options.peers]
+            if "torch.compile" in options.peers and mode != "tf32x3":
+                numbers = [i for i, shape in enumerate(SHAPES[operation]) if not shape.packed]
+                tasks += [("torch.compile", *common, "--shape", str(i)) for i in numbers]
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(options.warm) as pool:
+        for said in pool.map(lambda task: spawn(options, *task), tasks):
+            print(said, flush=True)
+    print(f"warm after {time.perf_counter() - begin:.1f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = list(dict.fromkeys(form.peer for form in forms()))
     parser.add_argument("--out", type=Path, required=True, help="jsonl file, appended to")
-    parser.add_argument("--operation", action="append", choices=list(CASES), help="only these")
-    parser.add_argument("--form", action="append", default=[], help="only these forms")
+    parser.add_argument("--operation", action="append", choices=list(SHAPES), help="only these")
+    parser.add_argument("--products", action="append", choices=list(MODES), help="only these")
+    parser.add_argument("--peers", default=",".join(known), help=f"only these, in this order: {', '.join(known)}")
+    parser.add_argument("--warm", type=int, default=0, help="compile first, with so many processes at a time")
+    parser.add_argument("--limit", type=int, default=900, help="seconds after which a peer's process is ended")
     parser.add_argument("--commit", help="recorded; asked of git if absent")
+    parser.add_argument("--truths", type=Path, help="where the recurrence's results are kept; a new folder if absent")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device")
-    commit = (
-        options.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
-    about = {
-        "commit": commit,
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
+    if not options.commit:
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        options.commit = asked.stdout.strip() or "unknown"
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a") as file:
-        for name in options.operation or list(CASES):
-            for row in rows(name, CASES[name], options.form):
-                file.write(json.dumps({**row, **about}) + "\n")
+    if options.peer:
+        about = {
+            "commit": options.commit,
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+        with options.out.open("a") as file:
+            for row in worker(options):
+                file.write(json.dumps(row | about) + "\n")
                 file.flush()
-                print({k: v for k, v in row.items() if k != "operation"} | {"op": name}, flush=True)
+                print(json.dumps(row), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        options.truths = options.truths or Path(folder)
+        options.truths.mkdir(parents=True, exist_ok=True)
+        options.peers = options.peers.split(",")
+        if options.warm:
+            warm(options)
+        for peer in options.peers:
+            print(spawn(options, peer), flush=True)
 
 
 if __name__ == "__main__":
