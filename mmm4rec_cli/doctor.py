@@ -143,6 +143,7 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
         compare_counts,
         gated_rms_norm,
         lookup,
+        selective_scan,
         softmax_cross_entropy,
         ssd,
         ssd_block,
@@ -163,6 +164,7 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
     y, z, norm_weight = normal(n_sequences, length, width), normal(n_sequences, length, width), normal(width)
     projected = normal(n_sequences, length, width + channels + heads)
     query, table, target = normal(length, width), normal(channels, width), torch.arange(length, device=device)
+    steps, own_decay = normal(n_sequences, length, width).exp(), -normal(width, state).exp()
     return {
         "ssd": lambda backend: ssd(x, dt, decay, b, c, D=skip, dt_bias=dt_bias, backend=backend),
         "causal_conv1d": lambda backend: causal_conv1d(columns, weight, bias, activation="silu", backend=backend),
@@ -178,6 +180,9 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
             n_groups=groups,
             eps=eps,
             backend=backend,
+        ),
+        "selective_scan": lambda backend: selective_scan(
+            y, steps, own_decay, b[:, :, 0], c[:, :, 0], norm_weight, backend=backend
         ),
         "softmax_cross_entropy": lambda backend: softmax_cross_entropy(query, table, target, backend=backend),
         "lookup": lambda backend: lookup(table, target, backend=backend),

@@ -1,13 +1,15 @@
 """Every baseline and MMM4Rec on equal terms: one set of features, one grid, three seeds, chosen by validation NDCG@10.
 
     python examples/benchmarks/baselines.py prepare WORKSPACE DOMAIN --out inputs.npz
-    python examples/benchmarks/baselines.py run inputs.npz --out results --seconds 400 --processes 5
+    python examples/benchmarks/baselines.py run inputs.npz --out results --seconds 400 --processes 12
+    python examples/benchmarks/baselines.py alone inputs.npz --out results
     python examples/benchmarks/baselines.py page results --out docs/baselines.md
 
 `run` needs a machine with torch, and a GPU if it is to be quick; several processes share it. All models get the same
 points of the grid in the same order, then the other seeds at the best point. When the time is over what is there is
-kept: a row a training in `rows.jsonl`, the ranks of all test users beside it. Points that not every model finished do
-not count for any.
+kept: a row a training in `rows.jsonl`, the ranks of all test users beside it; the same command goes on from there, and
+a training that was cut is done again. Points that not every model finished do not count for any. `alone` times an epoch
+of each model at its best point with nothing else on the machine.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import torch
 
 from mmm4rec_cli.data.dataset import Dataset, load_dataset
 from mmm4rec_cli.data.sequences import Sequences
+from mmm4rec_cli.errors import RunError
 from mmm4rec_cli.evaluation.evaluate import Ranking, rank_by_popularity, rank_split
 from mmm4rec_cli.evaluation.metrics import summary
 from mmm4rec_cli.features.store import ItemFeatures
@@ -34,22 +37,29 @@ from mmm4rec_cli.settings import Settings, load
 from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
 from mmm4rec_cli.workspace import Workspace
 
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5)
+"""The first tunes; the others follow at the best point."""
 GRID = (  # learning rate, dropout, length: the first points are the ones that a short run sees
-    (1e-3, 0.4, 20),
     (1e-3, 0.2, 20),
+    (1e-3, 0.5, 50),
+    (3e-4, 0.2, 50),
+    (1e-3, 0.5, 20),
+    (1e-3, 0.2, 50),
+    (3e-4, 0.5, 50),
     (3e-4, 0.2, 20),
-    (1e-3, 0.4, 50),
-    (3e-4, 0.4, 50),
-    (3e-3, 0.4, 20),
+    (3e-4, 0.5, 20),
+    (3e-3, 0.5, 20),
+    (3e-3, 0.2, 50),
+    (3e-3, 0.2, 20),
+    (3e-3, 0.5, 50),
 )
-PLAN = {"epochs": 60, "prefixes": 8, "batch_size": 512, "accumulation": 1, "patience": 8, "shuffle": True}
-"""An epoch is 8 random targets of each user, so that the validation looks often; otherwise each model's preset."""
+PLAN = {"epochs": 100, "prefixes": 16, "batch_size": 512, "accumulation": 1, "patience": 10, "shuffle": True}
+"""An epoch is 16 random targets of each user, so that the validation looks often; otherwise each model's preset."""
 CUTOFFS = (10, 20)
 METRIC = "NDCG@10"
-QUICKEST_FIRST = (
-    *("sasrec", "mmm4rec", "gru4rec", "bsarec", "tim4rec", "tim4rec-t", "sasrec-t", "mamba4rec", "mamba4rec-t"),
-    *("unisrec", "m3rec", "hm4sr", "athwe"),
+SLOWEST_FIRST = (
+    *("m3rec", "athwe", "hm4sr", "mamba4rec-t", "mamba4rec", "unisrec", "sasrec-t", "mmm4rec", "tim4rec-t", "tim4rec"),
+    *("bsarec", "gru4rec", "sasrec"),
 )
 
 
@@ -154,7 +164,17 @@ def _start(path: Path, threads: int) -> None:
     _dataset = read_inputs(path)
 
 
-def train(job: Job, device_name: str, deadline: float, epochs: int | None = None) -> tuple[dict[str, Any], Any]:
+def attempt(*args: Any) -> tuple[dict[str, Any], Any]:
+    """`train` in a process of its own, from which not every exception finds its way back."""
+    try:
+        return train(*args)
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def train(
+    job: Job, device_name: str, deadline: float, epochs: int | None = None, graphs: bool = True
+) -> tuple[dict[str, Any], Any]:
     """Train until patience, epochs or time end; the row, and the test ranks of the best epoch."""
     assert _dataset is not None
     device, settings = torch.device(device_name), settings_of(job)
@@ -164,32 +184,43 @@ def train(job: Job, device_name: str, deadline: float, epochs: int | None = None
     torch.manual_seed(job.seed)
     model = build_model(job.model, settings.model, _dataset.model_features("mean")).to(device)
     task = Task("finetune", plan, split.train, in_batch=False, metric=METRIC, patience=plan.patience)
-    trainer = Trainer(model, sequences, task, max_len=max_len, runtime=settings.runtime)
+    notes: list[str] = []
+    runtime = settings.runtime.model_copy(update={"cuda_graphs": graphs})
+    trainer = Trainer(model, sequences, task, max_len=max_len, runtime=runtime, say=notes.append)
     ranking = Ranking(precision=settings.runtime.precision)
-    begin = time.perf_counter()
     best: dict[str, Any] = {METRIC: -1.0}
     ranks: Any = None
-    epoch, limit = 0, epochs or plan.epochs
-    while epoch < limit and epoch - best.get("epoch", 0) < plan.patience and time.time() < deadline:
-        epoch += 1
+    seconds: list[float] = []
+    limit, diverged = epochs or plan.epochs, False
+    while len(seconds) < limit and len(seconds) - best.get("epoch", 0) < plan.patience and time.time() < deadline:
+        begin = time.perf_counter()
         model.train()
-        for group in trainer.groups(epoch_targets(sequences, task, job.seed, epoch)):
-            loss = trainer.step(group)
-        trainer.check(loss)
+        try:
+            for group in trainer.groups(epoch_targets(sequences, task, job.seed, len(seconds) + 1)):
+                loss = trainer.step(group)
+            trainer.check(loss)
+        except RunError as error:
+            diverged = True
+            notes.append(error.problems[0])
+            break
         valid = summary(rank_split(model, sequences, split.valid, "valid", max_len, ranking).rank0_U, CUTOFFS)
+        seconds.append(time.perf_counter() - begin)
         if valid[METRIC] >= best[METRIC]:
-            best = {METRIC: valid[METRIC], "epoch": epoch, "seconds": time.perf_counter() - begin, "valid": valid}
+            best = {METRIC: valid[METRIC], "epoch": len(seconds), "seconds": sum(seconds), "valid": valid}
             ranks = rank_split(model, sequences, split.test, "test", max_len, ranking).rank0_U
     row = {
         **asdict(job),
-        "epochs": epoch,
+        "epochs": len(seconds),
         "cut": time.time() >= deadline,
+        "diverged": diverged,
         "best_epoch": best.get("epoch", 0),
         "seconds_to_best": best.get("seconds", 0.0),
-        "seconds": time.perf_counter() - begin,
+        "seconds": sum(seconds),
+        "seconds_an_epoch": sorted(seconds)[len(seconds) // 2] if seconds else 0.0,
         "valid": best.get("valid", {}),
         "test": {} if ranks is None else summary(ranks, CUTOFFS),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "notes": notes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
@@ -199,52 +230,119 @@ def train(job: Job, device_name: str, deadline: float, epochs: int | None = None
     return row, None if ranks is None else ranks.numpy()
 
 
+class Workers:
+    """Processes with one training each; one that failed is replaced, because a GPU error lasts as long as its process.
+
+    Args:
+        count: processes.
+        start: arguments of `_start`.
+    """
+
+    def __init__(self, count: int, start: tuple[Any, ...]) -> None:
+        self.start = start
+        self.idle = [self._new() for _ in range(count)]
+        self.busy: dict[Future[Any], tuple[ProcessPoolExecutor, Job]] = {}
+
+    def _new(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=self.start)
+
+    def begin(self, job: Job, *args: Any) -> None:
+        """Train in an idle process."""
+        worker = self.idle.pop()
+        self.busy[worker.submit(attempt, job, *args)] = worker, job
+
+    def finished(self) -> Iterator[tuple[Job, Future[Any]]]:
+        """Those that ended within a second."""
+        for future in wait(self.busy, return_when=FIRST_COMPLETED, timeout=1).done:
+            worker, job = self.busy.pop(future)
+            if future.exception() is not None:
+                worker.shutdown(wait=False)
+                worker = self._new()
+            self.idle.append(worker)
+            yield job, future
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self.idle:
+            worker.shutdown()
+
+
 def run(inputs: Path, out: Path, args: argparse.Namespace) -> None:
-    """All jobs in the order of their worth until the time is over."""
+    """All jobs in the order of their worth until the time is over, those of an earlier call aside."""
     out.mkdir(parents=True, exist_ok=True)
     begin = time.time()
     deadline = begin + args.seconds
-    names = args.models or QUICKEST_FIRST
-    points = range(args.points)
-    jobs = [Job(name, point, SEEDS[0]) for point in points for name in names]
-    popular = _popularity(read_inputs(inputs))
-    about = {"models": list(names), "processes": args.processes, "device": args.device, "popularity": popular}
-    (out / "about.json").write_text(json.dumps({**about, "domain": read_inputs(inputs).name}))
-    rows: list[dict[str, Any]] = []
-    failures: dict[str, int] = {}
-    waiting, running = list(jobs), dict[Future[Any], Job]()
-    seeds_queued = False
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(args.processes, context, initializer=_start, initargs=(inputs, args.threads))
-    with pool, (out / "rows.jsonl").open("a") as stream:
+    names = args.models or SLOWEST_FIRST
+    rows = read_rows(out)
+    dataset = read_inputs(inputs)
+    about = {"models": list(names), "processes": args.processes, "domain": dataset.name}
+    about |= {"popularity": _popularity(dataset), "users": dataset.n_users, "items": dataset.n_items}
+    (out / "about.json").write_text(json.dumps(about))
+    chosen: dict[str, int] | None = None
+    if (out / "choice.json").is_file():
+        chosen = json.loads((out / "choice.json").read_text())["points"]
+    waiting = [Job(name, point, SEEDS[0]) for point in range(args.points) for name in names]
+    failed: set[Job] = set()
+    seeds_wait = False
+    workers = Workers(args.processes, (inputs, args.threads))
+    with (out / "rows.jsonl").open("a") as stream:
         while True:
-            late = time.time() > begin + args.grid_share * args.seconds
-            if not seeds_queued and (late or not (waiting or running)):
+            done = {Job(r["model"], r["point"], r["seed"]) for r in counted(rows)}
+            waiting = [job for job in waiting if job not in done]
+            now = time.time()
+            late = now > begin + args.grid_share * args.seconds
+            if chosen is None and (late or not (waiting or workers.busy)):
                 # A point that is only half way round does not count; its jobs make room for the seeds.
-                choice: dict[str, Any] = {"common": common_points(rows, names), "points": chosen_points(rows, names)}
-                (out / "choice.json").write_text(json.dumps(choice))
-                waiting = [Job(n, p, seed) for seed in SEEDS[1:] for n, p in choice["points"].items()]
-                seeds_queued = True
-            while waiting and len(running) < args.processes and time.time() < deadline - args.spare:
-                job = waiting.pop(0)
-                running[pool.submit(train, job, args.device, deadline - args.spare / 2, args.epochs)] = job
-            if not running:
+                chosen = chosen_points(rows, names)
+                (out / "choice.json").write_text(json.dumps({"common": common_points(rows, names), "points": chosen}))
+            if chosen is not None and not seeds_wait:
+                waiting = [Job(n, p, seed) for seed in SEEDS[1 : args.seeds] for n, p in chosen.items()]
+                waiting, seeds_wait = [job for job in waiting if job not in done], True
+            fitting = [job for job in waiting if now + expected(rows, job) < deadline - 5]
+            while fitting and workers.idle:
+                job = fitting.pop(0)
+                waiting.remove(job)
+                workers.begin(job, args.device, deadline - 2, args.epochs, job not in failed)
+            if not workers.busy:
                 break
-            done, _ = wait(running, return_when=FIRST_COMPLETED, timeout=1)
-            for future in done:
-                job = running.pop(future)
+            for job, future in workers.finished():
                 try:
                     row, ranks = future.result()
-                except (RuntimeError, ValueError, OSError) as error:
+                except RuntimeError as error:
                     row, ranks = {**asdict(job), "error": str(error).splitlines()[0]}, None
-                    failures[job.name] = failures.get(job.name, 0) + 1
-                    if "out of memory" in str(error) and failures[job.name] < 2:
+                    if job not in failed:  # once more, without CUDA graphs
+                        failed.add(job)
                         waiting.append(job)
                 rows.append({**row, "at": round(time.time() - begin, 1)})
                 stream.write(json.dumps(rows[-1]) + "\n")
                 stream.flush()
-                if ranks is not None:
+                if ranks is not None and not row["cut"]:
                     np.save(out / f"{job.name}.npy", ranks)
+    workers.close()
+
+
+def alone(inputs: Path, out: Path, args: argparse.Namespace) -> None:
+    """Time a few epochs of each model at its best point, one training at a time."""
+    _start(inputs, args.threads)
+    points = json.loads((out / "choice.json").read_text())["points"]
+    with (out / "alone.jsonl").open("w") as stream:
+        for name, point in points.items():
+            row, _ = train(Job(name, point, SEEDS[0]), args.device, time.time() + args.seconds, args.epochs)
+            kept = ("model", "point", "epochs", "seconds_an_epoch", "notes", "device")
+            stream.write(json.dumps({key: row[key] for key in kept}) + "\n")
+            stream.flush()
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """What was trained so far."""
+    path = out / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def expected(rows: list[dict[str, Any]], job: Job) -> float:
+    """The longest that this model took with windows of this length, in seconds; 0 if nobody knows."""
+    alike = (r for r in rows if "error" not in r and r["model"] == job.model)
+    return max((r["seconds"] for r in alike if GRID[r["point"]][2] == GRID[job.point][2]), default=0.0)
 
 
 def _popularity(dataset: Dataset) -> dict[str, float]:
@@ -253,14 +351,19 @@ def _popularity(dataset: Dataset) -> dict[str, float]:
     return summary(ranked.rank0_U, CUTOFFS)
 
 
-def finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def counted(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Trainings that were neither cut nor failed."""
     return [row for row in rows if "error" not in row and not row["cut"]]
 
 
+def finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of these, the ones with a result: a training that diverged is one for the grid and none for the table."""
+    return [row for row in counted(rows) if not row["diverged"]]
+
+
 def common_points(rows: list[dict[str, Any]], names: Iterable[str]) -> list[int]:
-    """Points of the grid that every model finished, so that all had the same tuning; models that always fail aside."""
-    mine = {name: {r["point"] for r in finished(rows) if r["model"] == name} for name in names}
+    """Points that every model went through, so that all had the same tuning; models that always fail aside."""
+    mine = {name: {r["point"] for r in counted(rows) if r["model"] == name} for name in names}
     there = [points for points in mine.values() if points]
     return sorted(set.intersection(*there)) if there else []
 
@@ -351,14 +454,20 @@ def main(words: list[str] | None = None) -> None:
     two.add_argument("inputs", type=Path)
     two.add_argument("--out", type=Path, required=True)
     two.add_argument("--seconds", type=float, default=400, help="all in all")
-    two.add_argument("--spare", type=float, default=10, help="seconds before the end when nothing new is begun")
+    two.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of them")
     two.add_argument("--grid-share", type=float, default=0.55, help="share of the time for the grid")
     two.add_argument("--points", type=int, default=len(GRID), help="points of the grid, from the first on")
     two.add_argument("--processes", type=int, default=5)
-    two.add_argument("--threads", type=int, default=2)
     two.add_argument("--epochs", type=int, help="epochs at most")
-    two.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     two.add_argument("--models", nargs="*", choices=sorted(MODELS))
+    four = commands.add_parser("alone")
+    four.add_argument("inputs", type=Path)
+    four.add_argument("--out", type=Path, required=True)
+    four.add_argument("--seconds", type=float, default=60, help="for each model, at most")
+    four.add_argument("--epochs", type=int, default=5)
+    for command in (two, four):
+        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     three = commands.add_parser("page")
     three.add_argument("results", type=Path)
     three.add_argument("--out", type=Path, required=True)
@@ -367,6 +476,8 @@ def main(words: list[str] | None = None) -> None:
         prepare(Workspace(args.workspace), args.domain, args.encoder, args.out, args.categories)
     elif args.command == "run":
         run(args.inputs, args.out, args)
+    elif args.command == "alone":
+        alone(args.inputs, args.out, args)
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(page(args.results), encoding="utf-8")

@@ -4,7 +4,8 @@ One public function an operation, each with the same numbers on every backend: `
 and `ssd_block`, which is all three and what lies between them.
 What stands between them in a network is `residual_norm`, `hardswish_dropout` and `linear`; beside them, over time
 stamps, `stream_stage` and `spectral_filter`; what stands behind it
-`softmax_cross_entropy`, `lookup`, `sum_by_row` and `compare_counts`.
+`softmax_cross_entropy`, `lookup`, `sum_by_row` and `compare_counts`. `selective_scan` is
+that of Mamba-1, for models that have it.
 `backends()` says what can run here and why the rest cannot.
 """
 
@@ -14,6 +15,7 @@ from mmm4rec_kernels.conv1d import causal_conv1d
 from mmm4rec_kernels.norm import gated_rms_norm
 from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm
 from mmm4rec_kernels.scoring import Order, compare_counts, lookup, order_of, softmax_cross_entropy, sum_by_row
+from mmm4rec_kernels.selective import selective_scan
 from mmm4rec_kernels.ssd import ssd
 from mmm4rec_kernels.streams import ComplexMap, StreamGate, StreamMaps, spectral_filter, stream_stage
 
@@ -34,6 +36,7 @@ __all__ = [
     "lookup",
     "order_of",
     "residual_norm",
+    "selective_scan",
     "softmax_cross_entropy",
     "spectral_filter",
     "ssd",

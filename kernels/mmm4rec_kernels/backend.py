@@ -26,6 +26,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = {
     "causal_conv1d": ("reference", "torch", "triton", "causal_conv1d"),
     "gated_rms_norm": ("reference", "torch", "triton"),
     "ssd_block": ("reference", "torch", "triton"),
+    "selective_scan": ("reference", "torch", "triton"),
     "softmax_cross_entropy": ("reference", "torch", "triton"),
     "lookup": ("reference", "torch", "triton"),
     "compare_counts": ("reference", "torch", "triton"),

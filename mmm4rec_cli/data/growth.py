@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from mmm4rec_cli.data import domains
 from mmm4rec_cli.data.columns import (
+    CATEGORIES,
     IMAGE,
     IMAGE_URL,
     ITEM_ID,
@@ -40,7 +41,7 @@ from mmm4rec_cli.settings.schema import DataSettings
 from mmm4rec_cli.workspace import Workspace
 
 _ROW = (RAW_USER_ID, RAW_ITEM_ID, TIMESTAMP)
-_ITEM = (RAW_ITEM_ID, TITLE, TEXT, IMAGE, IMAGE_URL)
+_ITEM = {**dict.fromkeys((RAW_ITEM_ID, TITLE, TEXT, IMAGE, IMAGE_URL), pl.String()), CATEGORIES: pl.List(pl.String())}
 _RULES = ("min_user", "min_item", "require_text", "require_image")
 
 
@@ -162,7 +163,13 @@ def _beside(workspace: Workspace, tables: Tables, name: str, schema: Mapping[str
         return pl.DataFrame(schema=dict(schema))
     frame = pl.from_arrow(found)
     assert isinstance(frame, pl.DataFrame)
-    return frame.select(pl.col(column).cast(kind) for column, kind in schema.items())
+    return _with(frame, schema)
+
+
+def _with(frame: pl.DataFrame, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    """The columns of the schema; null where the frame lacks one, as older tables lack categories."""
+    there = {name: pl.col(name) if name in frame.columns else pl.lit(None) for name in schema}
+    return frame.select(there[name].cast(kind).alias(name) for name, kind in schema.items())
 
 
 def _known(
@@ -174,23 +181,22 @@ def _known(
     reporter: Reporter,
 ) -> pl.DataFrame:
     """The items that are known without being in the catalogue: of the new file, kept beside, of the raw metadata."""
-    schema = dict.fromkeys(_ITEM, pl.String)
-    found = [pl.DataFrame(schema=schema)]
+    found = [pl.DataFrame(schema=_ITEM)]
     if items is not None:
         own = read_own_items(items, settings.columns, workspace)
         if own.missing:
             reporter.warn(f"{items}: {own.missing} of {own.named} pictures are not there")
-        found.append(with_texts(own.frame).select(_ITEM))
+        found.append(_with(with_texts(own.frame), _ITEM))
         again = int(found[-1][RAW_ITEM_ID].is_in(pl.Series(tables.raw_item_ids).implode()).sum())
         if again:
             reporter.note(f"{items}: {again} items are in the catalogue already; they keep their text and picture")
-    found.append(_beside(workspace, tables, KNOWN_ITEMS, schema))
+    found.append(_beside(workspace, tables, KNOWN_ITEMS, _ITEM))
     if domains.is_registered(tables.domain):
         for source in tables.manifest.get("sources", []):
             path = workspace.root / source["path"]
             if source["role"] == "items" and path.is_file():
                 hint = preprocess_command(workspace, tables.domain)
-                found.append(read_metadata(path, named, named, hint).frame.select(_ITEM))
+                found.append(_with(read_metadata(path, named, named, hint).frame, _ITEM))
     together = pl.concat(found).unique(subset=RAW_ITEM_ID, keep="first", maintain_order=True)
     return together.filter(~pl.col(RAW_ITEM_ID).is_in(pl.Series(tables.raw_item_ids, dtype=pl.String).implode()))
 
@@ -242,10 +248,12 @@ def _grown(tables: Tables, coming: pl.DataFrame, known: pl.DataFrame) -> tuple[d
     per_user = np.bincount(log.user, minlength=len(users)).astype(np.int32)
     old = pl.from_arrow(tables.items)
     assert isinstance(old, pl.DataFrame)
-    said = pl.concat([old.select(_ITEM), known])
+    said = pl.concat([_with(old, _ITEM), known])
     catalogue = pl.DataFrame(
         {ITEM_ID: np.arange(1, len(items) + 1, dtype=np.int32), RAW_ITEM_ID: items, N_INTERACTIONS: per_item}
     ).join(said, on=RAW_ITEM_ID, how="left", maintain_order="left")
+    if CATEGORIES not in old.columns and catalogue[CATEGORIES].null_count() == catalogue.height:
+        catalogue = catalogue.drop(CATEGORIES)
     columns = {
         USER_ID: log.user.astype(np.int32),
         ITEM_ID: log.item.astype(np.int32) + np.int32(1),

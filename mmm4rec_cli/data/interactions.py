@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from mmm4rec_cli.data import raw
-from mmm4rec_cli.data.columns import ITEM_ID, TIMESTAMP, USER_ID
+from mmm4rec_cli.data.columns import CATEGORIES, ITEM_ID, TIMESTAMP, USER_ID
 from mmm4rec_cli.errors import DataError
 from mmm4rec_cli.settings.schema import Columns
 
@@ -188,7 +188,8 @@ def read_parquet(path: Path, names: dict[str, str], hint: str, *, ids: Sequence[
 def read_jsonl(path: Path, names: dict[str, str], texts: Sequence[str], hint: str) -> pl.DataFrame:
     """Read fields of a file with one JSON object a line under our names, as strings.
 
-    Those of `texts` may be lists of strings, which are joined; a list or an object anywhere else counts as nothing.
+    Those of `texts` may be lists of strings, which are joined; `categories` becomes a list of strings; a list or an
+    object anywhere else counts as nothing.
 
     Returns:
         The fields and `line`, the number of the line.
@@ -197,7 +198,10 @@ def read_jsonl(path: Path, names: dict[str, str], texts: Sequence[str], hint: st
         DataError: a line is no JSON object, or no line has a field.
     """
     schema: dict[str, Any] = {raw.LINE: pl.UInt32} | dict.fromkeys(names.values(), pl.String)
+    read: dict[str, Callable[[Any], Any]]
     read = {ours: raw.joined if ours in texts else raw.scalar for ours in names.values()}
+    if CATEGORIES in read:
+        schema[CATEGORIES], read[CATEGORIES] = pl.List(pl.String), raw.names
     objects = raw.objects(path, hint, literals=False)
     frames = []
     while batch := list(itertools.islice(objects, BATCH)):

@@ -63,7 +63,8 @@ class OwnItems:
     """A user's own items, as they stand in the table, with the pictures found.
 
     Attributes:
-        frame: `item_id`, those of `text`, `title`, `brand`, `description` that there are, `image`, `image_url`.
+        frame: `item_id`, those of `text`, `title`, `brand`, `description`, `categories` that there are, `image`,
+            `image_url`; all String, but for the categories, which are lists.
         named: items that name a picture's path.
         missing: of these, the ones whose picture is not there.
     """
@@ -148,6 +149,7 @@ def read_own_items(path: Path, columns: Columns, workspace: Workspace) -> OwnIte
         columns.brand: BRAND,
         columns.description: DESCRIPTION,
         columns.image: IMAGE,
+        columns.categories: CATEGORIES,
     }
     lines = None
     match format_of(path):
@@ -170,7 +172,9 @@ def read_own_items(path: Path, columns: Columns, workspace: Workspace) -> OwnIte
             # An object may lack any key: the columns there are those that some object has.
             there = [name for name, mine in ours.items() if frame[mine].null_count() < frame.height]
             frame = frame.select(_present(path, there, ours).values())
-    frame = frame.with_columns(_as_text(name, kind) for name, kind in frame.schema.items())
+    frame = frame.with_columns(
+        _as_names(kind) if name == CATEGORIES else _as_text(name, kind) for name, kind in frame.schema.items()
+    )
 
     def place(row: int) -> str:
         if lines is not None:
@@ -273,6 +277,16 @@ def _as_text(name: str, kind: pl.DataType) -> pl.Expr:
     if isinstance(kind, (pl.List, pl.Array)):
         return column.cast(pl.List(pl.String)).list.join(" ", ignore_nulls=True)
     return column.cast(pl.String)
+
+
+def _as_names(kind: pl.DataType) -> pl.Expr:
+    column = pl.col(CATEGORIES)
+    if isinstance(kind, (pl.List, pl.Array)):
+        names = column.cast(pl.List(pl.String))
+    else:
+        names = column.cast(pl.String).str.split("|")
+    stripped = names.list.eval(pl.element().str.strip_chars().replace("", None).drop_nulls())
+    return pl.when(stripped.list.len() > 0).then(stripped).alias(CATEGORIES)
 
 
 def _with_pictures(frame: pl.DataFrame, folder: Path, workspace: Workspace) -> OwnItems:

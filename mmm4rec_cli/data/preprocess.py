@@ -47,7 +47,7 @@ from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.settings.schema import DataSettings
 from mmm4rec_cli.workspace import Workspace
 
-RULES = 1
+RULES = 2
 """Version of the rules in this package: raised when the same sources and settings would give other tables."""
 
 ROLES = ("interactions", "items")

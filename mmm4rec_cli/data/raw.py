@@ -279,6 +279,11 @@ def strings(value: Any) -> list[str] | None:
     return None if text is None else [text]
 
 
+def names(value: Any) -> list[str] | None:
+    """The texts of a list, or the parts of a lone one between |; None where there is none at all."""
+    return value.split("|") if isinstance(value, str) else strings(value)
+
+
 def joined(value: Any) -> str | None:
     """The texts of a list, or a lone one, with spaces between them; None where there is none at all."""
     if isinstance(value, str):

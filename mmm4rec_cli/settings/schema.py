@@ -46,6 +46,9 @@ class Columns(Section):
     brand: str = Field("brand", min_length=1, description="column with the item's brand")
     description: str = Field("description", min_length=1, description="column with the item's description")
     image: str = Field("image", min_length=1, description="column with the path of the item's picture")
+    categories: str = Field(
+        "categories", min_length=1, description="column with the item's categories: a list, or a text parted by |"
+    )
 
 
 class DataSettings(Section):

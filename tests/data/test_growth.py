@@ -117,6 +117,29 @@ def test_an_unknown_item_comes_in_when_it_becomes_known(shop):
     assert read_tables(shop, "shop").raw_item_ids[-1] == "late"
 
 
+def test_categories_of_old_and_new_items_are_kept(workspace):
+    def items(path, **names):
+        path.write_text("".join(f'{{"item_id": "{i}", "text": "t", "categories": "{c}"}}\n' for i, c in names.items()))
+        return path
+
+    log, first = write(workspace.root / "log.csv", FIRST + LONELY), items(workspace.root / "a.jsonl", b="x|y", z="w")
+    with (workspace.root / "a.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"item_id": "d", "text": "t"}\n{"item_id": "é", "text": "t"}\n')
+    build_tables(workspace, "shop", CORE, interactions=log, items=first)
+    assert read_tables(workspace, "shop").categories == [["x", "y"], None, None]
+    more = write(workspace.root / "more.csv", [(u, i, DAY) for u in ("ann", "eve") for i in ("n", "z")])
+    append_to_tables(workspace, "shop", CORE, more, items=items(workspace.root / "new.jsonl", n="v", b="later"))
+    tables = read_tables(workspace, "shop")
+    assert tables.raw_item_ids == ["b", "d", "é", "n", "z"]
+    assert tables.categories == [["x", "y"], None, None, ["v"], ["w"]]
+
+
+def test_tables_without_categories_stay_without(shop):
+    append(shop, [("ann", "c", DAY), ("eve", "c", DAY)], items=["c"])
+    tables = read_tables(shop, "shop")
+    assert (tables.n_items, tables.categories) == (4, None)
+
+
 def test_known_items_of_the_catalogue_keep_their_text(shop):
     before = read_tables(shop, "shop").items["text"].to_pylist()
     path = shop.root / "new.jsonl"

@@ -174,6 +174,35 @@ def test_descriptions_may_be_lists(tmp_path):
     assert read_own(tmp_path / "i.jsonl", line).frame["description"].to_list() == ["one two", "three"]
 
 
+@pytest.mark.parametrize("name", ["i.csv", "i.jsonl", "i.parquet"])
+def test_categories_are_a_list_or_a_text_parted_by_bars(tmp_path, name):
+    content = {
+        "i.csv": "item_id,text,categories\na,x,Tea| Black tea |\nb,y, | \nc,z,\n",
+        "i.jsonl": '{"item_id": "a", "text": "x", "categories": ["Tea", "Black tea", ""]}\n'
+        '{"item_id": "b", "categories": []}\n{"item_id": "c"}\n',
+        "i.parquet": pl.DataFrame(
+            {
+                "item_id": ["a", "b", "c"],
+                "text": ["x", "y", "z"],
+                "categories": [["Tea", "Black tea"], [" ", None], None],
+            }
+        ),
+    }[name]
+    found = items.with_texts(read_own(tmp_path / name, content).frame)
+    assert found["categories"].to_list() == [["Tea", "Black tea"], None, None]
+
+
+def test_a_text_of_categories_in_other_formats_and_under_another_name(tmp_path):
+    path = tmp_path / "i.jsonl"
+    path.write_text('{"item_id": "a", "text": "x", "genres": "Drama|War"}\n')
+    columns = Columns(categories="genres")
+    assert items.read_own_items(path, columns, Workspace(tmp_path)).frame["categories"].to_list() == [["Drama", "War"]]
+    pl.DataFrame({"item_id": ["a"], "text": ["x"], "genres": ["Drama|War"]}).write_parquet(tmp_path / "i.parquet")
+    found = items.read_own_items(tmp_path / "i.parquet", columns, Workspace(tmp_path))
+    assert found.frame["categories"].to_list() == [["Drama", "War"]]
+    assert "categories" not in items.read_own_items(path, Columns(), Workspace(tmp_path)).frame
+
+
 def test_pictures_are_found_beside_the_table(tmp_path):
     (tmp_path / "w" / "pics").mkdir(parents=True)
     (tmp_path / "w" / "pics" / "a b.png").write_bytes(b"x")

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmm4rec_cli.data.dataset import ModelFeatures
 from mmm4rec_cli.data.sequences import Windows
 from mmm4rec_cli.errors import UsageError
-from mmm4rec_cli.models.baselines import mamba
 from mmm4rec_cli.models.baselines.medoids import k_medoids, whitened
 from mmm4rec_cli.models.baselines.streams import contrast, random_places
 from mmm4rec_cli.models.baselines.wavelet import transform
@@ -264,21 +263,6 @@ def test_the_contrast_by_hand():
     e = np.e
     assert hidden == pytest.approx((2 * np.log((e + 1) / e) + np.log((e + 2) / e)) / 3)
     assert counted == pytest.approx(np.log((e + 2) / e))
-
-
-def test_the_plain_scan_is_the_recurrence_in_closed_form():
-    generator = torch.Generator().manual_seed(2)
-    x, step = (torch.rand(2, 5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
-    A = -torch.rand(3, 4, generator=generator, dtype=torch.float64)
-    B, C = (torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    D = torch.rand(3, generator=generator, dtype=torch.float64)
-    total = step.cumsum(1)
-    want = D * x
-    for t in range(5):
-        for s in range(t + 1):
-            decay = torch.exp((total[:, t] - total[:, s])[..., None] * A)
-            want[:, t] += (decay * C[:, t, None] * B[:, s, None]).sum(-1) * step[:, s] * x[:, s]
-    assert torch.allclose(mamba.plain_scan(x, step, A, B, C, D), want, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", [6, 15, 50])

@@ -1,4 +1,4 @@
-"""A Mamba-1 block (arXiv 2312.00752) without mamba-ssm, and with its scan where it is installed.
+"""A Mamba-1 block (arXiv 2312.00752) on our own scan, or on mamba-ssm's where it is installed.
 
 Letters: B users, L places, D width, E = expand * D, N state, R rank of the step sizes.
 """
@@ -15,19 +15,7 @@ from torch import Tensor, nn
 
 from mmm4rec_cli.models.time_stream import CausalConv
 from mmm4rec_cli.settings.schema import ModelSettings
-
-
-def plain_scan(x_BLE: Tensor, step_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor) -> Tensor:
-    """The recurrence place by place: S <- exp(step A) S + (step x) Bᵀ, y = S C + D x; [B, L, E]."""
-    state_BEN = x_BLE.new_zeros(x_BLE.shape[0], *A_EN.shape)
-    read = []
-    for x_BE, step_BE, B_BN, C_BN in zip(
-        x_BLE.unbind(1), step_BLE.unbind(1), B_BLN.unbind(1), C_BLN.unbind(1), strict=True
-    ):
-        decay_BEN = torch.exp(step_BE[..., None] * A_EN)
-        state_BEN = torch.addcmul((step_BE * x_BE)[..., None] * B_BN[:, None], decay_BEN, state_BEN)
-        read.append(torch.einsum("ben,bn->be", state_BEN, C_BN))
-    return torch.addcmul(torch.stack(read, 1), D_E, x_BLE)
+from mmm4rec_kernels import selective_scan
 
 
 @cache
@@ -41,11 +29,14 @@ def _fast_scan() -> Any:
         return None
 
 
-def selective_scan(x_BLE: Tensor, step_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor) -> Tensor:
-    """`plain_scan`, by mamba-ssm's kernel for float32 on a GPU where it is there."""
+def scan_places(x_BLE: Tensor, step_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor) -> Tensor:
+    """The recurrence S <- exp(step A) S + (step x) Bᵀ, y = S C + D x; [B, L, E].
+
+    By mamba-ssm's kernel for float32 on a GPU where it is there, else by our own.
+    """
     scan = _fast_scan() if x_BLE.is_cuda and x_BLE.dtype == torch.float32 else None
     if scan is None:
-        return plain_scan(x_BLE, step_BLE, A_EN, B_BLN, C_BLN, D_E)
+        return selective_scan(x_BLE, step_BLE, A_EN, B_BLN, C_BLN, D_E)
     over_places = (part.transpose(1, 2).contiguous() for part in (x_BLE, step_BLE, B_BLN, C_BLN))
     x_BEL, step_BEL, B_BNL, C_BNL = over_places
     y_BEL: Tensor = scan(x_BEL, step_BEL, A_EN, B_BNL, C_BNL, D_E)
@@ -79,7 +70,7 @@ class Mamba(nn.Module):
         states = self.A_log.shape[1]
         dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLE).split([self.rank, states, states], dim=-1)
         step_BLE = F.softplus(self.dt_proj(dt_BLR))
-        y_BLE = selective_scan(x_BLE, step_BLE, -torch.exp(self.A_log), B_BLN, C_BLN, self.D)
+        y_BLE = scan_places(x_BLE, step_BLE, -torch.exp(self.A_log), B_BLN, C_BLN, self.D)
         out: Tensor = self.out_proj(y_BLE * F.silu(z_BLE))
         return out
 
