@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmm4rec_cli.models.time_stream import CausalConv
 from mmm4rec_cli.settings.schema import ModelSettings
-from mmm4rec_kernels import selective_scan
+from mmm4rec_kernels import causal_conv1d, selective_scan
 
 
 @cache
@@ -66,7 +66,7 @@ class Mamba(nn.Module):
     def forward(self, u_BLD: Tensor) -> Tensor:
         """[B, L, D] in and out."""
         x_BLE, z_BLE = self.in_proj(u_BLD).chunk(2, dim=-1)
-        x_BLE = self.conv(x_BLE)
+        x_BLE = causal_conv1d(x_BLE, self.conv.weight, self.conv.bias, activation="silu")
         states = self.A_log.shape[1]
         dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLE).split([self.rank, states, states], dim=-1)
         step_BLE = F.softplus(self.dt_proj(dt_BLR))
