@@ -12,7 +12,7 @@ import torch
 from mmm4rec_kernels import arguments, sequences
 from mmm4rec_kernels.backend import choose
 from mmm4rec_kernels.ssd import adapter, eager, reference
-from mmm4rec_kernels.ssd.ops import MAX_WIDTH, scan_forward
+from mmm4rec_kernels.ssd.ops import scan_forward, unfit
 from mmm4rec_kernels.ssd.steps import step_sizes
 
 __all__ = ["ssd"]
@@ -117,8 +117,8 @@ def ssd(
         BackendUnavailable: an explicit backend cannot run here or cannot take the call.
     """
     _check(x, dt, A, B, C, D, dt_bias, dt_limit, skip, initial_states, lengths, cu_seqlens)
-    unfit = "" if max(x.shape[3], B.shape[3]) <= MAX_WIDTH else f"head dim and state are at most {MAX_WIDTH}"
-    chosen = choose("ssd", backend, x, fits=not unfit, unfit=unfit)
+    why = unfit(x.device, x.shape[3], B.shape[3])
+    chosen = choose("ssd", backend, x, fits=not why, unfit=why)
     if chosen == "triton":
         y, _, last = scan_forward(
             _rows(x),
