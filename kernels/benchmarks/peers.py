@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import operator
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ def forms() -> Iterable[Form]:
             peer = "triton" if backend == "triton" else "torch"
             yield Form(operation, backend, peer, ours(function, backend, **options))
     yield Form("causal_conv1d", "causal-conv1d", "causal-conv1d", dao_convolution)
-    for chunk in (64, 128, 256):
+    for chunk in (64, 256):
         fits = functools.partial(_holds, chunk)
         yield Form(
             "ssd", f"mamba-ssm, chunks of {chunk}", "mamba-ssm", functools.partial(mamba_scan, chunk), lengths=fits
@@ -243,9 +244,14 @@ def forms() -> Iterable[Form]:
     yield Form("ssd", "naive", "naive", lambda: naive_scan, packed=False)
     yield Form("causal_conv1d", "naive", "naive", lambda: naive_convolution, packed=False)
     yield Form("ssd_block", "naive", "naive", lambda: chain(naive_scan), packed=False)
-    yield Form("ssd", "compiled", "torch.compile", lambda: compiled(quadratic_scan), packed=False)
-    yield Form("causal_conv1d", "compiled", "torch.compile", lambda: compiled(naive_convolution), packed=False)
-    yield Form("ssd_block", "compiled", "torch.compile", lambda: compiled(chain(quadratic_scan)), packed=False)
+    # Compiling takes minutes: up to the lengths at which it is far behind, and the convolution at one.
+    for operation, function, longest in (
+        ("ssd", quadratic_scan, 1024),
+        ("causal_conv1d", naive_convolution, 20),
+        ("ssd_block", chain(quadratic_scan), SHORT),
+    ):
+        build, fits = functools.partial(compiled, function), functools.partial(operator.ge, longest)
+        yield Form(operation, "compiled", "torch.compile", build, packed=False, lengths=fits)
 
 
 def _holds(chunk: int, length: int) -> bool:

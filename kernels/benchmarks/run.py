@@ -287,7 +287,7 @@ def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if options.peer != "triton" and set(built) <= {"triton"}:
             continue
         for number, shape in enumerate(SHAPES[operation]):
-            if options.shape is not None and number != options.shape:
+            if options.shape not in (None, number):
                 continue
             for mode in options.products or list(MODES):
                 if mode == "tf32x3" and options.peer not in ("triton", "torch"):
@@ -340,15 +340,15 @@ def spawn(options: argparse.Namespace, peer: str, *more: str) -> str:
 
 
 def warm(options: argparse.Namespace) -> None:
-    """Compiles and checks ours, torch's and the compiled forms, several at a time, before anything is timed."""
+    """Compiles and checks ours and torch's compiled forms, several at a time, before anything is timed."""
     tasks = []
     for operation in options.operation or list(SHAPES):
         for mode in options.products or list(MODES):
             common = ("--check-only", "--operation", operation, "--products", mode)
-            tasks += [(peer, *common) for peer in ("triton", "torch") if peer in options.peers]
+            if "triton" in options.peers:
+                tasks.append(("triton", *common))
             if "torch.compile" in options.peers and mode != "tf32x3":
-                numbers = [i for i, shape in enumerate(SHAPES[operation]) if not shape.packed]
-                tasks += [("torch.compile", *common, "--shape", str(i)) for i in numbers]
+                tasks += [("torch.compile", *common, "--shape", str(i)) for i in range(len(SHAPES[operation]))]
     begin = time.perf_counter()
     with ThreadPoolExecutor(options.warm) as pool:
         for said in pool.map(lambda task: spawn(options, *task), tasks):
@@ -364,6 +364,7 @@ def main() -> None:
     parser.add_argument("--products", action="append", choices=list(MODES), help="only these")
     parser.add_argument("--peers", default=",".join(known), help=f"only these, in this order: {', '.join(known)}")
     parser.add_argument("--warm", type=int, default=0, help="compile first, with so many processes at a time")
+    parser.add_argument("--warm-only", action="store_true", help="and time nothing")
     parser.add_argument("--limit", type=int, default=900, help="seconds after which a peer's process is ended")
     parser.add_argument("--commit", help="recorded; asked of git if absent")
     parser.add_argument("--truths", type=Path, help="where the recurrence's results are kept; a new folder if absent")
@@ -396,6 +397,8 @@ def main() -> None:
         options.peers = options.peers.split(",")
         if options.warm:
             warm(options)
+        if options.warm_only:
+            return
         for peer in options.peers:
             print(spawn(options, peer), flush=True)
 

@@ -131,6 +131,15 @@ def availability(backend: str) -> Availability:
     raise ValueError(f"backend: no backend is called {backend!r}")
 
 
+def runs(backend: str) -> bool:
+    """Whether a backend can run on this machine; to torch.compile a constant."""
+    return availability(backend).available
+
+
+# What torch.compiler.assume_constant_result does, but that imports the whole compiler.
+runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def backends() -> dict[str, dict[str, Availability]]:
     """Every operation's backends on this machine, with the reason for each: operation -> backend -> availability."""
     return {operation: {name: availability(name) for name in names} for operation, names in OPERATIONS.items()}
@@ -164,15 +173,14 @@ def choose(operation: str, backend: str, tensor: torch.Tensor, *, fits: bool = T
         raise ValueError(f"backend: {operation} has {', '.join(names)} and auto, not {backend!r}")
     if backend == "auto":
         on_gpu = tensor.is_cuda and tensor.dtype != torch.float64
-        chosen = "triton" if on_gpu and fits and availability("triton").available else "torch"
+        chosen = "triton" if on_gpu and fits and runs("triton") else "torch"
         if not torch.compiler.is_compiling():
             _announce(operation, chosen, tensor.device.type)
         return chosen
     if backend in ("reference", "torch"):
         return backend
-    state = availability(backend)
-    if not state.available:
-        raise BackendUnavailable(f"{operation}: backend {backend!r} cannot run here: {state.why}")
+    if not runs(backend):
+        raise BackendUnavailable(f"{operation}: backend {backend!r} cannot run here: {availability(backend).why}")
     if not tensor.is_cuda and not (backend == "triton" and interpreting()):
         raise BackendUnavailable(f"{operation}: backend {backend!r} needs CUDA tensors, got {tensor.device}")
     if tensor.dtype == torch.float64:
@@ -180,3 +188,8 @@ def choose(operation: str, backend: str, tensor: torch.Tensor, *, fits: bool = T
     if backend == "triton" and not fits:
         raise BackendUnavailable(f"{operation}: backend {backend!r} cannot take this call: {unfit}")
     return backend
+
+
+def without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """Leaves products in the precision that an operation promises, as the kernels do, whatever autocast would make."""
+    return torch.autocast(tensor.device.type, enabled=False)
