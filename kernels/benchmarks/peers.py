@@ -138,11 +138,11 @@ def mamba_module(name: str) -> Any:
 
 
 def quick_tuning() -> None:
-    """Lets Triton's autotuners look at each configuration for 20 ms: enough at these sizes, and hundreds are tried."""
+    """Lets Triton's autotuners look at each configuration for 10 ms: enough at these sizes, and hundreds are tried."""
     from triton.runtime import driver
     from triton.testing import do_bench
 
-    driver.active.get_benchmarker = lambda: functools.partial(do_bench, warmup=5, rep=20)
+    driver.active.get_benchmarker = lambda: functools.partial(do_bench, warmup=2, rep=10)
 
 
 def mamba_scan(chunk: int) -> Call:
@@ -227,7 +227,7 @@ def forms() -> Iterable[Form]:
             peer = "triton" if backend == "triton" else "torch"
             yield Form(operation, backend, peer, ours(function, backend, **options))
     yield Form("causal_conv1d", "causal-conv1d", "causal-conv1d", dao_convolution)
-    for chunk in (64, 256):
+    for chunk in (64, 128, 256):
         fits = functools.partial(_holds, chunk)
         yield Form(
             "ssd", f"mamba-ssm, chunks of {chunk}", "mamba-ssm", functools.partial(mamba_scan, chunk), lengths=fits
