@@ -118,7 +118,8 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, dt_bias, dt_limit, skip, initial_states, lengths, cu_seqlens)
     unfit = "" if max(x.shape[3], B.shape[3]) <= MAX_WIDTH else f"head dim and state are at most {MAX_WIDTH}"
-    chosen = choose("ssd", backend, x, fits=not unfit, unfit=unfit)
+    known = x.shape[1] if cu_seqlens is None else max_length
+    chosen = choose("ssd", backend, x, fits=not unfit, unfit=unfit, length=known)
     if chosen == "triton":
         y, _, last = scan_forward(
             _rows(x),
