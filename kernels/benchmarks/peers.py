@@ -68,7 +68,7 @@ def naive_scan(x, dt, A, B, C, D, dt_bias):
 def quadratic_scan(x, dt, A, B, C, D, dt_bias):
     """The quadratic form with nothing that a compiler must undo: differences of sums, products in the dtype of x."""
     dt = F.softplus(dt.float() + dt_bias)
-    total = (dt * A).cumsum(1).transpose(1, 2)
+    total = (dt * A).transpose(1, 2).contiguous().cumsum(-1)
     ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(ahead, -torch.inf).exp()
     scores = C.transpose(1, 2) @ B.permute(0, 2, 3, 1)
@@ -246,9 +246,9 @@ def forms() -> Iterable[Form]:
     yield Form("ssd_block", "naive", "naive", lambda: chain(naive_scan), packed=False)
     # Compiling takes minutes: up to the lengths at which it is far behind, and the convolution at one.
     for operation, function, longest in (
-        ("ssd", quadratic_scan, 1024),
+        ("ssd", quadratic_scan, 200),
         ("causal_conv1d", naive_convolution, 20),
-        ("ssd_block", chain(quadratic_scan), SHORT),
+        ("ssd_block", chain(quadratic_scan), 20),
     ):
         build, fits = functools.partial(compiled, function), functools.partial(operator.ge, longest)
         yield Form(operation, "compiled", "torch.compile", build, packed=False, lengths=fits)
