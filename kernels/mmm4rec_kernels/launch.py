@@ -46,3 +46,16 @@ def _processors(index: int) -> int:
 def processors(tensor: torch.Tensor) -> int:
     """Multiprocessors of the tensor's device; a small number for the interpreter."""
     return _processors(tensor.device.index or 0) if tensor.is_cuda else 1
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    return torch.cuda.get_device_properties(index).major
+
+
+def warp_group_products(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's device is a Hopper GPU, whose products of 64 rows read operands from shared memory.
+
+    True without a device: kernels that are compiled ahead are compiled as for Hopper.
+    """
+    return not tensor.is_cuda or _capability(tensor.device.index or 0) == 9

@@ -88,15 +88,15 @@ def decay_matrix(b_total, BL: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, KIND: tl.constexpr, PRECISION: tl.constexpr):
-    """Matrix product with float32 sums; operands are rounded to KIND first."""
+def dot(a, b, KIND: tl.constexpr, PRECISION: tl.constexpr, onto=None):
+    """Matrix product with float32 sums, added `onto` a tile if given; operands are rounded to KIND first."""
     a = a.to(KIND)
     b = b.to(KIND)
     if INTERPRETED:
         # The interpreter multiplies the bits of bfloat16 numbers as integers.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+    return tl.dot(a, b, onto, input_precision=PRECISION, out_dtype=tl.float32)
 
 
 @triton.jit
@@ -107,3 +107,12 @@ def decay_gradient(b_between):
     """
     b_wide = b_between.to(tl.float64)
     return tl.sum(b_wide, 1) - tl.sum(b_wide, 0)
+
+
+@triton.jit
+def store_sum(p, b):
+    """Sum of a vector to one address.
+
+    The vector stands as a row: Triton 3.6 fails on sm_100 where a vector that comes from a product is summed.
+    """
+    tl.store(p + tl.arange(0, 1), tl.sum(b[None, :], 1))

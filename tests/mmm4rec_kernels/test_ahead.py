@@ -46,7 +46,34 @@ def test_the_block_at_published_sizes_compiles(capability):
         assert need.spilled <= {"scan_forward": 64, "scan_backward": 160}.get(need.kernel, 0), need.kernel
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [86, 90, 100])
+def test_the_scan_of_long_sequences_compiles(capability):
+    from mmm4rec_kernels import ahead
+    from mmm4rec_kernels.ssd import fused
+
+    tensors = [torch.empty(2, 200, 8, 64) for _ in range(3)]
+    steps, per_head = torch.empty(2, 200, 8), torch.empty(8)
+    x, B, C = tensors
+    arguments = (x, steps, per_head, B, C, per_head, per_head, None, None, False, 200, True, None, True)
+
+    def both():
+        y, states, _ = fused.forward(*arguments, False)
+        fused.backward(y, None, states, *arguments)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        needs = ahead.needs(both, capability)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    names = ["chunk_writes", "walk", "scan_forward", "chunk_writes", "walk", "scan_backward"]
+    assert [need.kernel for need in needs] == names
+    for need in needs:
+        assert need.registers <= 255
+        assert need.shared <= SHARED_LIMIT
+        assert need.spilled <= {"scan_forward": 64, "scan_backward": 640}.get(need.kernel, 0), need.kernel
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_the_block_of_packed_sequences_compiles(capability):
     from mmm4rec_kernels import ahead
     from mmm4rec_kernels.block import short

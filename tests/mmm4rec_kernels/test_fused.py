@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from mmm4rec_kernels import BackendUnavailable, CrossProjections, causal_conv1d, gated_rms_norm, ssd, ssd_block
-from mmm4rec_kernels.agreement import disagreement
+from mmm4rec_kernels.agreement import FLOOR, disagreement
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
 LENGTHS = [1, 2, 3, 15, 16, 17, 20, 31, 32, 33, 50, 63, 64, 65, 200, 255, 257, 500, 1024, 4096]
+
+THREE_PASS_FLOOR = 4e-6
+"""On a GPU a float32 product is three TF32 ones whose sums tensor cores take: not IEEE float32. The norm's backward
+subtracts what nearly cancels and makes that visible in the block's worst elements; single operations hold FLOOR."""
 
 needs_triton = pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="needs a GPU or TRITON_INTERPRET=1")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
@@ -46,7 +50,7 @@ def poisoned():
         torch.use_deterministic_algorithms(False)
 
 
-def agree(function, *draws, **options):
+def agree(function, *draws, floor=FLOOR, **options):
     """Compares outputs and gradients over all draws of the inputs together.
 
     A tensor of a few elements needs several draws: in one, the yardstick's own error may be small by luck.
@@ -62,7 +66,7 @@ def agree(function, *draws, **options):
         assert all(torch.equal(got[k], again[k]) for k in got)
         runs.append((got, truth, yardstick))
     joined = [{k: torch.stack([run[k] for run in tensors]) for k in tensors[0]} for tensors in zip(*runs, strict=True)]
-    assert not disagreement(*joined)
+    assert not disagreement(*joined, floor)
 
 
 def scan(scan_inputs, *args, **options):
@@ -310,7 +314,7 @@ def test_block_leaves_places_behind_the_last_sequence_zero():
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_block_at_every_length(kind, length):
     draws = [block_inputs(kind, 5, length, heads=8, width=64, groups=8, state=64, seed=seed) for seed in range(3)]
-    agree(block if kind == "self" else crossing, *draws, groups=8)
+    agree(block if kind == "self" else crossing, *draws, groups=8, floor=THREE_PASS_FLOOR)
 
 
 @pytest.mark.gpu

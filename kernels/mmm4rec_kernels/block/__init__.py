@@ -15,7 +15,7 @@ from mmm4rec_kernels.block import composed
 from mmm4rec_kernels.block.ops import several_in_a_tile, short_forward, ssd_block_forward
 from mmm4rec_kernels.block.parts import CrossProjections, cut
 from mmm4rec_kernels.ssd import Skip
-from mmm4rec_kernels.ssd.ops import MAX_WIDTH
+from mmm4rec_kernels.ssd.ops import unfit as scan_unfit
 
 __all__ = ["CrossProjections", "ssd_block"]
 
@@ -128,9 +128,10 @@ def ssd_block(
 
 def _unfit(projected: torch.Tensor | CrossProjections, head_dim: int, state: int) -> str:
     """Why the fused kernels cannot take these sizes; empty if they can."""
-    if max(head_dim, state) > MAX_WIDTH:
-        return f"head dim {head_dim} and state {state}, at most {MAX_WIDTH}"
     tensors = projected if isinstance(projected, CrossProjections) else (projected,)
+    why = scan_unfit(tensors[0].device, head_dim, state)
+    if why:
+        return why
     if any(t.stride(-1) != 1 for t in tensors):
         return "the columns of a place are not contiguous"
     return ""

@@ -28,6 +28,7 @@ from mmm4rec_kernels.tiles import (
     dot,
     exp2,
     softplus,
+    store_sum,
 )
 
 FORWARD_WARPS = 4
@@ -426,13 +427,12 @@ def block_backward(
     b_dz = b_dy * b_y * (b_gate * (1.0 + b_z * (1.0 - b_gate)))
     b_dy *= b_z * b_gate
     tl.store(p_dz + o_l[:, None] * ROW_DZ + o_p[None, :], b_dz.to(p_dz.dtype.element_ty), mask=m_x_out)
-    tl.store(p_sums + E + i_h, tl.sum(tl.sum(b_dy * b_skipped, 1), 0))
+    store_sum(p_sums + E + i_h, tl.sum(b_dy * b_skipped, 1))
 
     b_W = dot(b_dy, tl.trans(b_writes), KIND, PRECISION)
     b_between = (b_W * b_M).to(tl.float64)
     b_ends = tl.sum(b_between, 1) - tl.sum(b_between, 0)
-    b_da = (tl.sum(b_ends, 0) - tl.cumsum(b_ends, 0) + b_ends).to(tl.float32)
-    tl.store(p_dsteps + plane + o_l, b_da, mask=m_out)
+    tl.store(p_dsteps + plane + o_l, tl.cumsum(b_ends, 0, reverse=True).to(tl.float32), mask=m_out)
     b_dscores = b_W * b_decay
     b_dC = dot(b_dscores, b_B, KIND, PRECISION)
     tl.store(p_dC + o_l[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)

@@ -12,7 +12,7 @@ import torch
 from mmm4rec_kernels import arguments, sequences
 from mmm4rec_kernels.backend import choose, without_autocast
 from mmm4rec_kernels.ssd import adapter, eager, reference
-from mmm4rec_kernels.ssd.ops import MAX_WIDTH, scan_forward
+from mmm4rec_kernels.ssd.ops import scan_forward, unfit
 from mmm4rec_kernels.ssd.steps import step_sizes
 
 __all__ = ["ssd"]
@@ -117,9 +117,9 @@ def ssd(
         BackendUnavailable: an explicit backend cannot run here or cannot take the call.
     """
     _check(x, dt, A, B, C, D, dt_bias, dt_limit, skip, initial_states, lengths, cu_seqlens)
-    unfit = "" if max(x.shape[3], B.shape[3]) <= MAX_WIDTH else f"head dim and state are at most {MAX_WIDTH}"
+    why = unfit(x.device, x.shape[3], B.shape[3])
     known = x.shape[1] if cu_seqlens is None else max_length
-    chosen = choose("ssd", backend, x, fits=not unfit, unfit=unfit, length=known)
+    chosen = choose("ssd", backend, x, fits=not why, unfit=why, length=known)
     if chosen == "triton":
         y, _, last = scan_forward(
             _rows(x),

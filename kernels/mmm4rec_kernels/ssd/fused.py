@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mmm4rec_kernels.launch import align, kind, precision, tile
+from mmm4rec_kernels.backend import interpreting
+from mmm4rec_kernels.launch import align, kind, precision, tile, warp_group_products
 from mmm4rec_kernels.ssd.ops import ONE_TILE, chunk_places, chunks
 from mmm4rec_kernels.tiles import (
     LENGTHS,
@@ -29,11 +30,13 @@ from mmm4rec_kernels.tiles import (
     sequence_start,
     sigmoid,
     softplus,
+    store_sum,
 )
 
 FORWARD_WARPS = {16: 1, 32: 1, 64: 4}
-BACKWARD_WARPS = {16: 1, 32: 2, 64: 4}
-"""Warps of a program, by the places of its chunk: measured on an H200, one fixed choice, no tuning at a first call."""
+BACKWARD_WARPS = {4: {16: 1, 32: 2, 64: 4}, 2: {16: 1, 32: 1, 64: 4}}
+"""Warps of a program, by the places of its chunk, backward also by the bytes of an element: measured on an H200, one
+fixed choice, no tuning at a first call."""
 STATE_WARPS = 4
 WALK = 256
 """Numbers of a state that a program carries over the chunks."""
@@ -63,6 +66,29 @@ def final_steps(b_dt, m_t, low, high, SOFTPLUS: tl.constexpr, LIMIT: tl.constexp
 def last_of(b_total, BL: tl.constexpr):
     """The last of the running sums."""
     return tl.sum(tl.where(tl.arange(0, BL) == BL - 1, b_total, 0.0), 0)
+
+
+@triton.jit
+def again(b, p, mask, RELOAD: tl.constexpr):
+    """The tile, read once more if RELOAD: from the cache, so that nothing holds it in between."""
+    if RELOAD:
+        return tl.load(p, mask=mask, other=0.0)
+    else:
+        return b
+
+
+@triton.jit
+def turnable(b, b_product, TURN: tl.constexpr):
+    """The tile in the register layout of a product's result.
+
+    From there a transposed store into shared memory has no bank conflicts; a tile as it was read has eight-fold ones.
+    """
+    if TURN:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f,f", [b, b_product], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return b
 
 
 @triton.jit
@@ -254,6 +280,7 @@ def scan_forward(
     SKIP_DT: tl.constexpr,
     D_WIDE: tl.constexpr,
     STATEFUL: tl.constexpr,
+    TURN: tl.constexpr,
     BL: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
@@ -286,14 +313,16 @@ def scan_forward(
     b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_tx, other=0.0).to(tl.float32)
     b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * decay_matrix(b_total, BL)
     b_writes = b_x * b_step[:, None]
-    b_y = dot(b_M, b_writes, KIND, PRECISION)
     if STATEFUL:
         at_state = (tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t
         p_state = p_states + at_state * (P * N) + o_p[:, None] * N + o_n[None, :]
         m_state = m_p[:, None] & m_n[None, :] & (i_t * BL < count)
         b_state = tl.load(p_state, mask=m_state, other=0.0)
         b_since = tl.exp2(b_total.to(tl.float32))
-        b_y += dot(b_C, tl.trans(b_state), KIND, PRECISION) * b_since[:, None]
+        b_y = dot(b_C, tl.trans(b_state), KIND, PRECISION) * b_since[:, None]
+    else:
+        b_y = tl.zeros([BL, BP], tl.float32)
+    b_y = dot(b_M, turnable(b_writes, b_M, TURN), KIND, PRECISION, b_y)
     if p_D is not None:
         if D_WIDE:
             b_D = tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
@@ -359,6 +388,8 @@ def scan_backward(
     SKIP_DT: tl.constexpr,
     D_WIDE: tl.constexpr,
     STATEFUL: tl.constexpr,
+    RELOAD: tl.constexpr,
+    TURN: tl.constexpr,
     BL: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
@@ -408,10 +439,9 @@ def scan_backward(
     b_dt = raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h)
     b_step = final_steps(b_dt, m_t, low, high, SOFTPLUS, LIMIT)
     b_total = tl.cumsum(b_step.to(tl.float64) * (A.to(tl.float64) * LOG2E), 0)
-    # Inputs are read again, from the cache, for each product that wants them in another layout: kept, they would fill
-    # the shared memory and the registers. The stores between keep the compiler from joining the reads.
+    b_B = tl.load(p_B + o_B, mask=m_tn, other=0.0)
     b_C = tl.load(p_C + o_C, mask=m_tn, other=0.0)
-    b_M = dot(b_C, tl.trans(tl.load(p_B + o_B, mask=m_tn, other=0.0)), KIND, PRECISION)
+    b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION)
     b_dy = tl.load(p_grad + o_dy, mask=m_tx, other=0.0)
     b_x = tl.load(p_x + o_x, mask=m_tx, other=0.0).to(tl.float32)
     b_writes = b_x * b_step[:, None]
@@ -425,42 +455,20 @@ def scan_backward(
     b_M *= b_decay
     b_ends = decay_gradient(b_W * b_M)
     b_W *= b_decay
-    b_dC = dot(b_W, tl.load(p_B + o_B, mask=m_tn, other=0.0), KIND, PRECISION)
-    offset = tl.zeros((), tl.float64)
+
     if STATEFUL:
         total = last_of(b_total, BL)
-        through = tl.exp2(total.to(tl.float32))
         b_until = tl.exp2((total - b_total).to(tl.float32))[:, None]
         at_state = ((tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t) * (P * N)
         o_state = at_state + o_p[:, None] * N + o_n[None, :]
         m_state = m_p[:, None] & m_n[None, :] & (i_t * BL < count)
-        b_state = tl.load(p_states + o_state, mask=m_state, other=0.0)
-        passed = tl.sum(tl.sum(tl.load(p_dstates + o_state, mask=m_state, other=0.0) * b_state, 1), 0) * through
-        offset += passed.to(tl.float64)
-        b_part = dot(b_dy, b_state, KIND, PRECISION) * tl.exp2(b_total.to(tl.float32))[:, None]
-        b_ends += tl.sum(b_part * b_C.to(tl.float32), 1).to(tl.float64)
-        b_dC += b_part
-    tl.store(p_dC + o_t[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
-
-    b_dB = dot(tl.trans(b_W), tl.load(p_C + o_C, mask=m_tn, other=0.0), KIND, PRECISION)
-    if STATEFUL:
-        b_B = tl.load(p_B + o_B, mask=m_tn, other=0.0)
+        b_B = again(b_B, p_B + o_B, m_tn, RELOAD)
         b_dstate = tl.load(p_dstates + o_state, mask=m_state, other=0.0)
-        b_part = dot(b_writes, b_dstate, KIND, PRECISION) * b_until
-        b_wrote = tl.sum(b_part * b_B.to(tl.float32), 1).to(tl.float64)
-        b_ends -= b_wrote
-        offset += tl.sum(b_wrote, 0)
-        b_dB += b_part
-    tl.store(p_dB + o_t[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
-
-    b_da = tl.where(m_t, (tl.sum(b_ends, 0) - tl.cumsum(b_ends, 0) + b_ends + offset).to(tl.float32), 0.0)
-    b_dy = tl.load(p_grad + o_dy, mask=m_tx, other=0.0)
-    b_dwrites = dot(tl.trans(b_M), b_dy, KIND, PRECISION)
-    b_dy = b_dy.to(tl.float32)
-    if STATEFUL:
-        b_B = tl.load(p_B + o_B, mask=m_tn, other=0.0)
-        b_dstate = tl.load(p_dstates + o_state, mask=m_state, other=0.0)
-        b_dwrites += dot(b_B, tl.trans(b_dstate), KIND, PRECISION) * b_until
+        b_dwrites = dot(b_B, tl.trans(b_dstate), KIND, PRECISION) * b_until
+    else:
+        b_dwrites = tl.zeros([BL, BP], tl.float32)
+    b_dy = again(b_dy, p_grad + o_dy, m_tx, RELOAD)
+    b_dwrites = dot(tl.trans(b_M), turnable(b_dy, b_W, TURN), KIND, PRECISION, b_dwrites)
     b_D = tl.zeros([1, BP], tl.float32)
     if p_D is not None:
         if D_WIDE:
@@ -468,13 +476,45 @@ def scan_backward(
         else:
             b_D += tl.load(p_D + i_h).to(tl.float32)
     if SKIP_DT:
-        b_dwrites += b_D * b_dy
+        b_dwrites += b_D * b_dy.to(tl.float32)
         b_dx = b_dwrites * b_step[:, None]
     else:
-        b_dx = b_dwrites * b_step[:, None] + b_D * b_dy
-    b_x = tl.load(p_x + o_x, mask=m_tx, other=0.0).to(tl.float32)
-    b_dstep = tl.sum(b_dwrites * b_x, 1) + b_da * A
+        b_dx = b_dwrites * b_step[:, None] + b_D * b_dy.to(tl.float32)
+    b_x = again(b_x, p_x + o_x, m_tx, RELOAD).to(tl.float32)
+    b_dstep = tl.sum(b_dwrites * b_x, 1)
     tl.store(p_dx + o_t[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_p_out)
+
+    if STATEFUL:
+        b_B = again(b_B, p_B + o_B, m_tn, RELOAD)
+        b_dB = dot(b_x * b_step[:, None], turnable(b_dstate, b_W, TURN), KIND, PRECISION) * b_until
+        b_wrote = tl.sum(b_dB * b_B.to(tl.float32), 1).to(tl.float64)
+    else:
+        b_dB = tl.zeros([BL, BN], tl.float32)
+    b_C = again(b_C, p_C + o_C, m_tn, RELOAD)
+    b_dB = dot(tl.trans(b_W), turnable(b_C, b_W, TURN), KIND, PRECISION, b_dB)
+    tl.store(p_dB + o_t[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
+
+    if STATEFUL:
+        b_dy = again(b_dy, p_grad + o_dy, m_tx, RELOAD)
+        b_C = again(b_C, p_C + o_C, m_tn, RELOAD)
+        b_dstate = again(b_dstate, p_dstates + o_state, m_state, RELOAD)
+        b_state = tl.load(p_states + o_state, mask=m_state, other=0.0)
+        passed = tl.sum(tl.sum(b_dstate * b_state, 1), 0) * tl.exp2(total.to(tl.float32))
+        b_since = tl.exp2(b_total.to(tl.float32))[:, None]
+        b_dC = dot(b_dy, turnable(b_state, b_W, TURN), KIND, PRECISION) * b_since
+        b_ends += tl.sum(b_dC * b_C.to(tl.float32), 1).to(tl.float64)
+    else:
+        b_dC = tl.zeros([BL, BN], tl.float32)
+    b_B = again(b_B, p_B + o_B, m_tn, RELOAD)
+    b_dC = dot(b_W, turnable(b_B, b_W, TURN), KIND, PRECISION, b_dC)
+    tl.store(p_dC + o_t[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
+
+    # A step's decay acts on what was written before it, in the chunk and before the chunk, and is read behind it.
+    b_da = tl.cumsum(b_ends, 0, reverse=True)
+    if STATEFUL:
+        b_da += tl.cumsum(b_wrote, 0) - b_wrote + passed.to(tl.float64)
+    b_da = tl.where(m_t, b_da.to(tl.float32), 0.0)
+    b_dstep += b_da * A
     if LIMIT:
         b_free = b_dt
         if SOFTPLUS:
@@ -484,8 +524,8 @@ def scan_backward(
         b_dstep *= sigmoid(b_dt)
     b_dstep = tl.where(m_t, b_dstep, 0.0)
     tl.store(p_ddt + o_t * H, b_dstep.to(p_ddt.dtype.element_ty), mask=m_written)
-    tl.store(p_sums, tl.sum(b_da * b_step, 0))
-    tl.store(p_sums + H, tl.sum(b_dstep, 0))
+    store_sum(p_sums, b_da * b_step)
+    store_sum(p_sums + H, b_dstep)
 
 
 def _sizes(
@@ -507,6 +547,12 @@ def _warps(table: dict[int, int], BL: int, BP: int, BN: int, stateful: bool) -> 
     if BP * BN > ONE_TILE * ONE_TILE:
         return 8
     return 4 if stateful else table[BL]
+
+
+def _turns(x: torch.Tensor, BL: int, BP: int, BN: int) -> bool:
+    """Whether tiles are laid out for a transposed store: float32 operands of warp-group products, square tiles."""
+    square = BL == BP == BN == ONE_TILE
+    return square and x.dtype == torch.float32 and not interpreting() and warp_group_products(x)
 
 
 def _arrivals(
@@ -662,6 +708,7 @@ def forward(
         SKIP_DT=skip_dt,
         D_WIDE=D is not None and D.dim() == 2,
         STATEFUL=stateful,
+        TURN=not stateful and _turns(x, BL, BP, BN),
         BL=BL,
         BP=BP,
         BN=BN,
@@ -765,12 +812,14 @@ def backward(
             SKIP_DT=skip_dt,
             D_WIDE=wide,
             STATEFUL=states.numel() > 0,
+            RELOAD=states.numel() > 0,
+            TURN=states.numel() > 0 and _turns(x, BL, BP, BN),
             BL=BL,
             BP=BP,
             BN=BN,
             KIND=kind(x.dtype),
             PRECISION=precision(),
-            num_warps=_warps(BACKWARD_WARPS, BL, BP, BN, states.numel() > 0),
+            num_warps=_warps(BACKWARD_WARPS[x.element_size()], BL, BP, BN, states.numel() > 0),
             num_stages=1,
         )
     if shares > 1:

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-ONE_TILE, WIDE_TILE = 64, 32
-"""Most places of a chunk, and the same where head dim times state is more than 64 times 64."""
+ONE_TILE = 64
+"""Most places of a chunk. Where head dim times state is more than 64 times 64 it is half as much, and a quarter where
+it is twice as much again: the states of a chunk then fill the shared memory of small GPUs, 99 KB."""
 MAX_WIDTH = 128
 """Largest head dim and state that the kernels take."""
+WIDEST_SHARED = 110 * 1024
+"""Bytes of shared memory that a program needs where head dim times state is more than twice 64 times 64."""
 
 
 def _rounded(size: int) -> int:
@@ -20,10 +23,25 @@ def _rounded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def unfit(device: torch.device, width: int, state: int) -> str:
+    """Why the kernels cannot take this head dim and state on this device; empty if they can."""
+    if max(width, state) > MAX_WIDTH:
+        return f"head dim {width} and state {state}, at most {MAX_WIDTH}"
+    if device.type == "cuda" and _rounded(width) * _rounded(state) > 2 * ONE_TILE**2:
+        properties = torch.cuda.get_device_properties(device)
+        memory = getattr(properties, "shared_memory_per_block_optin", WIDEST_SHARED)
+        if memory < WIDEST_SHARED:
+            return (
+                f"head dim {width} and state {state} need {WIDEST_SHARED} bytes of shared memory, the GPU has {memory}"
+            )
+    return ""
+
+
 def chunk_places(longest: int, width: int, state: int) -> int:
     """Places of a chunk, for the longest sequence, the head dim and the state."""
-    wide = _rounded(width) * _rounded(state) > ONE_TILE * ONE_TILE
-    return min(_rounded(longest), WIDE_TILE if wide else ONE_TILE)
+    area = _rounded(width) * _rounded(state)
+    most = ONE_TILE if area <= ONE_TILE**2 else ONE_TILE // 2 if area <= 2 * ONE_TILE**2 else ONE_TILE // 4
+    return min(_rounded(longest), most)
 
 
 def chunks(longest: int, width: int, state: int) -> int:
