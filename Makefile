@@ -44,7 +44,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	$(BIN)/python kernels/benchmarks/run.py
+	$(BIN)/python kernels/benchmarks/run.py --warm 4 --out build/kernels.jsonl
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

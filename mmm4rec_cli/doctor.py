@@ -44,9 +44,9 @@ def examine(workspace: Workspace, reporter: Reporter | None = None) -> dict[str,
 
     Returns:
         `mmm4rec`, `python`, `packages` (name -> version or null), `optional` (name -> {version or null, for,
-        install}), `torch`, `cpu`, `gpus`, `backends` (operation ->
-        backend -> {available, why}), `encoders` (name -> {available, why}), `disk`. A backend is available if it ran
-        just now and agreed with the reference.
+        install}), `torch`, `cpu`, `gpus`, `backends` (operation -> backend -> {available, why}), `choices` (operation
+        -> device -> what "auto" takes there), `encoders` (name -> {available, why}), `disk`. A backend is available if
+        it ran just now and agreed with the reference.
     """
     reporter = reporter or SilentReporter()
     return {
@@ -60,6 +60,7 @@ def examine(workspace: Workspace, reporter: Reporter | None = None) -> dict[str,
         **_torch(),
         "cpu": {"count": os.cpu_count(), "memory_bytes": _memory()},
         "backends": _backends(reporter),
+        "choices": _choices(),
         "encoders": _encoders(),
         "disk": _disk(workspace.root),
     }
@@ -121,6 +122,12 @@ def _backends(reporter: Reporter) -> dict[str, dict[str, dict[str, Any]]]:
                     why = f"{why}; {said}"
                 result[operation][name] = {"available": available, "why": why}
     return result
+
+
+def _choices() -> dict[str, dict[str, str]]:
+    from mmm4rec_kernels.backend import choices
+
+    return choices()
 
 
 def _tried(run: "Callable[[str], torch.Tensor]", backend: str) -> tuple[bool, str]:
@@ -193,17 +200,24 @@ def _trials(device: "torch.device") -> "dict[str, Callable[[str], torch.Tensor]]
 def _encoders() -> dict[str, dict[str, Any]]:
     from huggingface_hub import try_to_load_from_cache
 
-    from mmm4rec_cli.features.store import PRESETS
+    from mmm4rec_cli.features.store import PAIRS, PRESETS
 
-    found = {}
-    for name, model in PRESETS.items():
-        if model is None:
-            found[name] = {"available": True, "why": "needs no weights; for demos and tests"}
-            continue
+    def folder(model: str) -> Path | None:
         files = ("model.safetensors", "model.safetensors.index.json")
         here = [path for file in files if isinstance(path := try_to_load_from_cache(model, file), str)]
-        why = f"{model} in {Path(here[0]).parent}" if here else f"{model} is not on the disk: fetched at first use"
-        found[name] = {"available": bool(here), "why": why}
+        return Path(here[0]).parent if here else None
+
+    found = {}
+    for name, models in {**{name: (model,) for name, model in PRESETS.items()}, **PAIRS}.items():
+        places = {model: folder(model) for model in models if model is not None}
+        if not places:
+            found[name] = {"available": True, "why": "needs no weights; for demos and tests"}
+            continue
+        why = "; ".join(
+            f"{model} in {place}" if place else f"{model} is not on the disk: fetched at first use"
+            for model, place in places.items()
+        )
+        found[name] = {"available": all(places.values()), "why": why}
     return found
 
 

@@ -61,6 +61,27 @@ def test_optional_packages_say_what_for_and_how(found, monkeypatch):
     assert doctor.examine(Workspace(Path()))["optional"]["onnx"]["version"] is None
 
 
+def test_what_auto_takes_is_said_for_every_operation(found):
+    assert found["choices"].keys() == found["backends"].keys()
+    assert all(places["cpu"] == "torch" for places in found["choices"].values())
+
+
+def test_pairs_of_encoders_are_there_when_both_sides_are(found, monkeypatch, tmp_path):
+    from mmm4rec_cli.features.store import PAIRS, PRESETS
+
+    assert set(found["encoders"]) == {*PRESETS, *PAIRS}
+    text, image = PAIRS["clip+bert"]
+    for here, expected in (({text}, False), ({text, image}, True)):
+        monkeypatch.setattr(
+            "huggingface_hub.try_to_load_from_cache",
+            lambda model, file, here=here: str(tmp_path / model / file) if model in here else None,
+        )
+        state = doctor._encoders()["clip+bert"]
+        assert state["available"] is expected
+        assert f"{text} in {tmp_path}" in state["why"]
+        assert ("is not on the disk" in state["why"]) is not expected
+
+
 def test_the_weightless_encoder_is_always_there(found):
     assert found["encoders"]["sketch"]["available"] is True
     assert all(state["why"] for state in found["encoders"].values())

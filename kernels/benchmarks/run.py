@@ -258,11 +258,11 @@ def timed(
         for _ in range(2):
             step()
         call, host = calls(step, 3)
-        call, host = calls(step, max(5, min(15, int(2e5 / call))))
+        call, host = calls(step, max(5, min(11, int(1e5 / call))))
         row = {"direction": direction, "call_us": round(call, 1), "host_us": round(host, 1)}
         row["floor_us"] = round(moved / BYTES_PER_MICROSECOND, 1)
         try:
-            times = replays(step, max(5, min(30, int(2e5 / call))))
+            times = replays(step, max(5, min(25, int(1e5 / call))))
             for name, part in (("us", 2), ("us_20", 5)):
                 row[name] = round(times[len(times) // part], 1)
             row["us_80"] = round(times[len(times) * 4 // 5], 1)
@@ -275,7 +275,9 @@ def timed(
 def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one peer, ours beside it."""
     for operation in options.operation or list(SHAPES):
-        mine = [form for form in forms() if form.operation == operation and form.peer in (options.peer, "triton")]
+        # While compiling, ours are other processes' work.
+        peers = (options.peer,) if options.check_only else (options.peer, "triton")
+        mine = [form for form in forms() if form.operation == operation and form.peer in peers]
         if all(form.peer == "triton" for form in mine) and options.peer != "triton":
             continue
         built = {}
@@ -287,7 +289,7 @@ def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if options.peer != "triton" and set(built) <= {"triton"}:
             continue
         for number, shape in enumerate(SHAPES[operation]):
-            if options.shape is not None and number != options.shape:
+            if options.shape not in (None, number):
                 continue
             for mode in options.products or list(MODES):
                 if mode == "tf32x3" and options.peer not in ("triton", "torch"):
@@ -340,15 +342,22 @@ def spawn(options: argparse.Namespace, peer: str, *more: str) -> str:
 
 
 def warm(options: argparse.Namespace) -> None:
-    """Compiles and checks ours, torch's and the compiled forms, several at a time, before anything is timed."""
+    """Compiles and checks ours and torch's compiled forms, several at a time, before anything is timed.
+
+    The recurrence's results, which every check needs, are there afterwards too.
+    """
     tasks = []
-    for operation in options.operation or list(SHAPES):
+    for form in forms():
+        if form.peer not in options.peers or form.peer not in ("triton", "torch.compile"):
+            continue
         for mode in options.products or list(MODES):
-            common = ("--check-only", "--operation", operation, "--products", mode)
-            tasks += [(peer, *common) for peer in ("triton", "torch") if peer in options.peers]
-            if "torch.compile" in options.peers and mode != "tf32x3":
-                numbers = [i for i, shape in enumerate(SHAPES[operation]) if not shape.packed]
-                tasks += [("torch.compile", *common, "--shape", str(i)) for i in numbers]
+            common = ("--check-only", "--operation", form.operation, "--products", mode)
+            if form.peer == "triton":
+                tasks.append((form.peer, *common))
+            elif mode != "tf32x3":
+                shapes = enumerate(SHAPES[form.operation])
+                fit = [str(i) for i, shape in shapes if form.lengths(shape.length) and not shape.packed]
+                tasks += [(form.peer, *common, "--shape", i) for i in fit]
     begin = time.perf_counter()
     with ThreadPoolExecutor(options.warm) as pool:
         for said in pool.map(lambda task: spawn(options, *task), tasks):
@@ -364,6 +373,7 @@ def main() -> None:
     parser.add_argument("--products", action="append", choices=list(MODES), help="only these")
     parser.add_argument("--peers", default=",".join(known), help=f"only these, in this order: {', '.join(known)}")
     parser.add_argument("--warm", type=int, default=0, help="compile first, with so many processes at a time")
+    parser.add_argument("--warm-only", action="store_true", help="and time nothing")
     parser.add_argument("--limit", type=int, default=900, help="seconds after which a peer's process is ended")
     parser.add_argument("--commit", help="recorded; asked of git if absent")
     parser.add_argument("--truths", type=Path, help="where the recurrence's results are kept; a new folder if absent")
@@ -396,6 +406,8 @@ def main() -> None:
         options.peers = options.peers.split(",")
         if options.warm:
             warm(options)
+        if options.warm_only:
+            return
         for peer in options.peers:
             print(spawn(options, peer), flush=True)
 

@@ -19,6 +19,8 @@ from types import ModuleType
 
 import torch
 
+from mmm4rec_kernels.crossovers import fastest, in_words
+
 _log = logging.getLogger("mmm4rec_kernels")
 
 OPERATIONS: Mapping[str, tuple[str, ...]] = {
@@ -132,17 +134,44 @@ def availability(backend: str) -> Availability:
     raise ValueError(f"backend: no backend is called {backend!r}")
 
 
+def runs(backend: str) -> bool:
+    """Whether a backend can run on this machine; to torch.compile a constant."""
+    return availability(backend).available
+
+
+# What torch.compiler.assume_constant_result does, but that imports the whole compiler.
+runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def backends() -> dict[str, dict[str, Availability]]:
     """Every operation's backends on this machine, with the reason for each: operation -> backend -> availability."""
     return {operation: {name: availability(name) for name in names} for operation, names in OPERATIONS.items()}
 
 
+def choices() -> dict[str, dict[str, str]]:
+    """What "auto" takes on this machine: operation -> {cuda, cpu} -> words; cuda only where a GPU is."""
+    gpu = torch.cuda.is_available()
+    lacking = "" if runs("triton") else f"torch: {availability('triton').why}"
+    return {
+        operation: ({"cuda": lacking or f"{in_words(operation)}; torch in float64"} if gpu else {}) | {"cpu": "torch"}
+        for operation in OPERATIONS
+    }
+
+
 @functools.cache
-def _announce(operation: str, backend: str, device: str) -> None:
-    _log.info("%s on %s: backend %s", operation, device, backend)
+def _announce(operation: str, backend: str, where: str) -> None:
+    _log.info("%s on %s: backend %s", operation, where, backend)
 
 
-def choose(operation: str, backend: str, tensor: torch.Tensor, *, fits: bool = True, unfit: str = "") -> str:
+def choose(
+    operation: str,
+    backend: str,
+    tensor: torch.Tensor,
+    *,
+    fits: bool = True,
+    unfit: str = "",
+    length: int | None = None,
+) -> str:
     """The backend that runs a call.
 
     Args:
@@ -151,10 +180,12 @@ def choose(operation: str, backend: str, tensor: torch.Tensor, *, fits: bool = T
         tensor: main input; its device and dtype decide under "auto".
         fits: whether the Triton kernels can take this call (sizes, options); adapters look for themselves.
         unfit: the reason when they cannot.
+        length: places of the longest sequence, if it is known without asking the device.
 
     Returns:
-        The name of a backend that can run: with "auto" Triton where the tensor lies on a CUDA device that it supports
-        and the call fits its kernels, otherwise "torch". The choice is logged once for each operation and device.
+        The name of a backend that can run: with "auto" what `crossovers` found fastest for CUDA tensors, as far as
+        Triton runs there and its kernels take the call, otherwise "torch". The choice is logged once for each
+        operation, device and dtype.
 
     Raises:
         ValueError: if the operation has no such backend.
@@ -164,16 +195,16 @@ def choose(operation: str, backend: str, tensor: torch.Tensor, *, fits: bool = T
     if backend != "auto" and backend not in names:
         raise ValueError(f"backend: {operation} has {', '.join(names)} and auto, not {backend!r}")
     if backend == "auto":
-        on_gpu = tensor.is_cuda and tensor.dtype != torch.float64
-        chosen = "triton" if on_gpu and fits and availability("triton").available else "torch"
+        kernels = tensor.is_cuda and tensor.dtype != torch.float64 and fits and runs("triton")
+        chosen = fastest(operation, tensor.dtype, length) if kernels else "torch"
         if not torch.compiler.is_compiling():
-            _announce(operation, chosen, tensor.device.type)
+            where = f"{tensor.device.type}, {str(tensor.dtype)[6:]}" if tensor.is_cuda else tensor.device.type
+            _announce(operation, chosen, where if fits or not tensor.is_cuda else f"{where}, {unfit}")
         return chosen
     if backend in ("reference", "torch"):
         return backend
-    state = availability(backend)
-    if not state.available:
-        raise BackendUnavailable(f"{operation}: backend {backend!r} cannot run here: {state.why}")
+    if not runs(backend):
+        raise BackendUnavailable(f"{operation}: backend {backend!r} cannot run here: {availability(backend).why}")
     if not tensor.is_cuda and not (backend == "triton" and interpreting()):
         raise BackendUnavailable(f"{operation}: backend {backend!r} needs CUDA tensors, got {tensor.device}")
     if tensor.dtype == torch.float64:
@@ -181,3 +212,8 @@ def choose(operation: str, backend: str, tensor: torch.Tensor, *, fits: bool = T
     if backend == "triton" and not fits:
         raise BackendUnavailable(f"{operation}: backend {backend!r} cannot take this call: {unfit}")
     return backend
+
+
+def without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """Leaves products in the precision that an operation promises, as the kernels do, whatever autocast would make."""
+    return torch.autocast(tensor.device.type, enabled=False)

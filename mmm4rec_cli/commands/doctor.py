@@ -32,6 +32,7 @@ def doctor(invocation: Invocation) -> Result:
         for operation, states in found["backends"].items()
         for name, state in states.items()
     ]
+    choices = [(operation, *place) for operation, places in found["choices"].items() for place in places.items()]
     encoders = [(name, *_live(state)) for name, state in found["encoders"].items()]
     optional = [
         (name, about["version"] or f"no: {about['install']}", about["for"]) for name, about in found["optional"].items()
@@ -43,6 +44,7 @@ def doctor(invocation: Invocation) -> Result:
         found,
         table("machine", ("what", "found"), machine),
         table("kernel backends", ("operation", "backend", "live", "why"), kernels),
+        table("what backend auto takes", ("operation", "tensors on", "backend"), choices),
         table("encoders on disk", ("encoder", "here", "why"), encoders),
         table("optional packages", ("package", "installed", "for"), optional),
         next=following,

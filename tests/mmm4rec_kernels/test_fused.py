@@ -285,6 +285,15 @@ def test_block_of_packed_sequences_over_several_tiles():
     agree(block, inputs, groups=1, skip="x", cu_seqlens=offsets, max_length=20)
 
 
+def test_block_of_packed_sequences_that_forget_at_once():
+    # What decays over all of a tile that is not full overflows when taken the wrong way round.
+    inputs = block_inputs("self", 1, 40, heads=2)
+    inputs["A_log_H"] = torch.full((2,), 3.0)
+    inputs["dt_bias_H"] = torch.full((2,), 3.0)
+    offsets = torch.tensor([0, 20, 33, 40], device=DEVICE)
+    agree(block, inputs, groups=2, cu_seqlens=offsets, max_length=20)
+
+
 def test_block_of_short_sequences_with_lengths():
     inputs = block_inputs("cross", 11, 6, heads=2)
     lengths = torch.tensor([6, 0, 3, 1, 6, 2, 5, 6, 4, 6, 1], device=DEVICE)

@@ -19,7 +19,8 @@ def run(*selection: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     numpy_noise = "ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", numpy_noise, *selection]
-    files = [str(here / name) for name in ("test_fused.py", "test_scoring.py", "test_selective_scan.py")]
+    names = ("test_fused.py", "test_scoring.py", "test_selective_scan.py", "test_in_torch.py")
+    files = [str(here / name) for name in names]
     return subprocess.run([*command, *files], env=environment, capture_output=True, text=True)
 
 
@@ -31,10 +32,10 @@ class TestInterpreted:
         result = run(
             "-k",
             "test_scan[False-3] or test_convolution[3-4] or test_norm or test_block[self-5] or (triton and not lookup)"
-            " or test_the_selective_kernels",
+            " or test_the_selective_kernels or test_compiles_in_one_graph[ssd] or test_compiles_in_one_graph[linear]",
         )
         assert result.returncode == 0, result.stdout
-        assert "20 passed" in result.stdout
+        assert "22 passed" in result.stdout
 
     @pytest.mark.slow
     def test_everything_small(self):

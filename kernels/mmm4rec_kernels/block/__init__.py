@@ -82,7 +82,8 @@ def ssd_block(
     width, heads = norm_weight_E.shape[0], A_log_H.shape[0]
     states = (conv_weight_CK.shape[0] - width) // 2
     unfit = _unfit(projected, width // heads, states // n_groups)
-    chosen = choose("ssd_block", backend, main, fits=not unfit, unfit=unfit)
+    known = main.shape[1] if cu_seqlens is None else max_length
+    chosen = choose("ssd_block", backend, main, fits=not unfit, unfit=unfit, length=known)
     if chosen == "triton":
         longest = main.shape[1] if cu_seqlens is None else max_length or sequences.longest(cu_seqlens)
         crossing = projected if isinstance(projected, CrossProjections) else None

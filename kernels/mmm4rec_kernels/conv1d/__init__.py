@@ -67,7 +67,7 @@ def causal_conv1d(
     arguments.member("activation", activation, (None, "silu"))
     sequences.check(lengths, cu_seqlens, batch, length, x_BLC.device)
 
-    chosen = choose("causal_conv1d", backend, x_BLC)
+    chosen = choose("causal_conv1d", backend, x_BLC, length=length if cu_seqlens is None else max_length)
     if chosen == "triton":
         out: torch.Tensor = conv_forward(
             x_BLC if x_BLC.stride(-1) == 1 else x_BLC.contiguous(),

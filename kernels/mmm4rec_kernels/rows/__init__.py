@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mmm4rec_kernels.backend import availability, interpreting
+from mmm4rec_kernels.backend import interpreting, runs
 from mmm4rec_kernels.rows import ops
 
 __all__ = ["hardswish_dropout", "linear", "residual_norm"]
@@ -21,7 +21,7 @@ MAX_WIDTH = 8192
 
 
 def _by_kernel(x: torch.Tensor) -> bool:
-    return (x.is_cuda or interpreting()) and x.dtype != torch.float64 and availability("triton").available
+    return (x.is_cuda or interpreting()) and x.dtype != torch.float64 and runs("triton")
 
 
 def _seed(x: torch.Tensor, p: float, training: bool) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from typing import Literal, overload
 import torch
 
 from mmm4rec_kernels import arguments, sequences
-from mmm4rec_kernels.backend import choose
+from mmm4rec_kernels.backend import choose, without_autocast
 from mmm4rec_kernels.ssd import adapter, eager, reference
 from mmm4rec_kernels.ssd.ops import scan_forward, unfit
 from mmm4rec_kernels.ssd.steps import step_sizes
@@ -118,7 +118,8 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, dt_bias, dt_limit, skip, initial_states, lengths, cu_seqlens)
     why = unfit(x.device, x.shape[3], B.shape[3])
-    chosen = choose("ssd", backend, x, fits=not why, unfit=why)
+    known = x.shape[1] if cu_seqlens is None else max_length
+    chosen = choose("ssd", backend, x, fits=not why, unfit=why, length=known)
     if chosen == "triton":
         y, _, last = scan_forward(
             _rows(x),
@@ -174,10 +175,11 @@ def ssd(
     if lengths is not None:
         dt_BLH = dt_BLH.masked_fill(outside[..., None], 0)
         x_BLHP, B_BLGN, C_BLGN = (t.masked_fill(outside[..., None, None], 0) for t in (x_BLHP, B_BLGN, C_BLGN))
-    if chosen == "reference":
-        y, final = reference.scan(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_HP, skip, initial)
-    else:
-        y, final = eager.scan(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_HP, skip, initial, return_final_states)
+    with without_autocast(x):
+        if chosen == "reference":
+            y, final = reference.scan(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_HP, skip, initial)
+        else:
+            y, final = eager.scan(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_HP, skip, initial, return_final_states)
     if cu_seqlens is not None:
         y = sequences.pack(y, cu_seqlens)
     y = y.to(x.dtype)

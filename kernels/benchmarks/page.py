@@ -1,0 +1,220 @@
+"""The page of measured kernel numbers, from the rows of `run`.
+
+python kernels/benchmarks/page.py [ROWS] > docs/kernels.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+ROWS = Path(__file__).parent / "results" / "h200_kernels.jsonl"
+FORWARD, BOTH = "forward", "forward+backward"
+COMMAND = "python kernels/benchmarks/run.py --out kernels/benchmarks/results/h200_kernels.jsonl"
+OURS = "triton"
+TITLES = {
+    "ssd": "The scan: `ssd`",
+    "causal_conv1d": "The convolution: `causal_conv1d`",
+    "gated_rms_norm": "The norm: `gated_rms_norm`",
+    "ssd_block": "The whole block: `ssd_block`",
+}
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def where(row: Row) -> str:
+    """The shape of a row in words."""
+    if "batch" not in row:
+        return ""
+    if row["packed"]:
+        return f"{row['batch']:,} packed, {row['places']:,} places"
+    return f"{row['batch']} × {row['length']}"
+
+
+def select(rows: Iterable[Row], **wanted: Any) -> Iterator[Row]:
+    """The rows whose fields are as wanted."""
+    return (row for row in rows if all(row.get(name) == value for name, value in wanted.items()))
+
+
+def ratio(rows: list[Row], row: Row, field: str) -> float | None:
+    """How often our time, taken in the same process, fits into that of a row."""
+    keys = ("operation", "peer", "batch", "length", "packed", "products", "direction")
+    ours = next(select(rows, form=OURS, **{key: row.get(key) for key in keys}), {})
+    return row[field] / ours[field] if row.get(field) and ours.get(field) else None
+
+
+def number(value: float | None, form: str = ",.0f") -> str:
+    """A cell; a dash for what there is not."""
+    return "–" if value is None else format(value, form)
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> Iterator[str]:
+    """A table of Markdown."""
+    head = list(head)
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    yield from (f"| {' | '.join(line)} |" for line in lines)
+    yield ""
+
+
+def measured(rows: list[Row], operation: str) -> Iterator[str]:
+    """One table a shape: a line for each form and kind of products."""
+    mine = list(select(rows, operation=operation))
+    for shape in dict.fromkeys(where(row) for row in mine if where(row)):
+        here = [row for row in mine if where(row) == shape]
+        yield f"**{shape}**"
+        yield ""
+        lines = []
+        for products in dict.fromkeys(row["products"] for row in here):
+            for form in dict.fromkeys(row["form"] for row in here):
+                found = {}
+                for row in select(here, products=products, form=form):
+                    if form != OURS or row["peer"] == OURS or row.get("direction") not in found:
+                        found[row.get("direction")] = row
+                if found:
+                    lines.append(line(rows, form, products, found))
+        head = (
+            "form",
+            "products",
+            "forward",
+            "both",
+            "both, as called",
+            "host",
+            "both ÷ floor",
+            "both ÷ ours",
+            "called",
+        )
+        yield from table(head, lines)
+
+
+def line(rows: list[Row], form: str, products: str, found: dict[str | None, Row]) -> list[str]:
+    forward, both = found.get(FORWARD, {}), found.get(BOTH, {})
+    error = both.get("error") or found.get(None, {}).get("error")
+    if error and not forward.get("us"):
+        return [form, products, error[:120].replace("|", "/"), *[""] * 6]
+    beside = form != OURS
+    return [
+        form,
+        products,
+        number(forward.get("us")),
+        f"failed: {error[:90]}".replace("|", "/") if error else number(both.get("us")),
+        number(both.get("call_us")),
+        number(both.get("host_us")),
+        number(both["us"] / both["floor_us"] if both.get("us") else None, ".1f"),
+        number(ratio(rows, both, "us") if beside else None, ".1f"),
+        number(ratio(rows, both, "call_us") if beside else None, ".1f"),
+    ]
+
+
+def times(rows: list[Row], operation: str, batch: int, length: int, products: str, direction: str) -> list[Row]:
+    """Every row of one place of the tables."""
+    return list(
+        select(
+            rows,
+            operation=operation,
+            batch=batch,
+            length=length,
+            packed=False,
+            products=products,
+            direction=direction,
+        )
+    )
+
+
+def at_most(
+    operation: str, batch: int, length: int, products: str, direction: str, bound: Callable[[Row], float], said: str
+) -> Callable[[list[Row]], list[str] | None]:
+    """A goal on our own time."""
+
+    def judge(rows: list[Row]) -> list[str] | None:
+        found = [row for row in times(rows, operation, batch, length, products, direction) if row["form"] == OURS]
+        own = next((row for row in found if row["peer"] == OURS), found[0] if found else None)
+        if own is None or "us" not in own:
+            return None
+        what = f"`{operation}` {batch} × {length}, {products}, {direction}"
+        met = "yes" if own["us"] <= bound(own) else f"no: {own['us'] / bound(own):.1f} × the goal"
+        return [what, said, f"{own['us']:.0f} µs", "", met]
+
+    return judge
+
+
+def faster(length: int, batch: int, peer: str, factor: float) -> Callable[[list[Row]], list[str] | None]:
+    """A goal on the scan's ratio to the best form of a peer."""
+
+    def judge(rows: list[Row]) -> list[str] | None:
+        found = [row for row in times(rows, "ssd", batch, length, "tf32", BOTH) if row["form"].startswith(peer)]
+        found = [row for row in found if row.get("call_us")]
+        if not found:
+            return None
+        parts, best = [], 0.0
+        for field in ("us", "call_us"):
+            ratios = [r for row in found if (r := ratio(rows, row, field)) is not None]
+            parts.append(f"{min(ratios):.1f} ×" if ratios else "–")
+            best = best or (min(ratios) if ratios else 0.0)
+        met = "yes" if best >= factor else f"no: {best / factor:.2f} of the goal"
+        return [f"`ssd` {batch} × {length}, tf32, {BOTH}", f"≥ {factor:g} × {peer}", parts[0], parts[1], met]
+
+    return judge
+
+
+GOALS = (
+    at_most("ssd_block", 1024, 20, "tf32", BOTH, lambda row: 205, "≤ 205 µs"),
+    at_most("ssd_block", 1024, 20, "bfloat16", BOTH, lambda row: 110, "≤ 110 µs"),
+    at_most("ssd_block", 1024, 20, "tf32", FORWARD, lambda row: 75, "≤ 75 µs"),
+    at_most("ssd", 1024, 20, "tf32", BOTH, lambda row: 1.5 * row["floor_us"], "≤ 1.5 × byte floor"),
+    faster(20, 1024, "naive", 10),
+    faster(20, 1024, "compiled", 5),
+    faster(20, 1024, "mamba-ssm", 20),
+    faster(50, 1024, "naive", 8),
+    faster(50, 1024, "mamba-ssm", 8),
+    faster(200, 256, "mamba-ssm", 2),
+    faster(1024, 64, "mamba-ssm", 2),
+    faster(4096, 8, "mamba-ssm", 2),
+    at_most("causal_conv1d", 1024, 20, "tf32", BOTH, lambda row: 1.5 * row["floor_us"], "≤ 1.5 × byte floor"),
+)
+
+
+def page(rows: list[Row]) -> str:
+    """The whole page."""
+    about = {name: sorted({row[name] for row in rows}) for name in ("device", "commit", "torch", "triton")}
+    missing = sorted({f"{row['form']}: {row['error']}" for row in rows if "batch" not in row})
+    lines = [
+        "# Kernels, measured",
+        "",
+        f"{', '.join(about['device'])}, torch {', '.join(about['torch'])}, triton {', '.join(about['triton'])}, commit "
+        f"{', '.join(about['commit'])}. This page is made by `python kernels/benchmarks/page.py`; the rows come from",
+        "",
+        f"    {COMMAND}",
+        "",
+        "Times are medians in microseconds. *forward* and *both* (forward and backward) are device times of CUDA-graph",
+        "replays; *as called* is an ordinary call of both until the device is done, *host* the part of it in which the",
+        "host is busy. *floor* is each input read once and each output written once at 4.3 TB/s. *both ÷ ours* and",
+        "*called* divide by our Triton kernels timed in the same process: below 1 the other form is faster. *tf32x3*",
+        "are three TF32 products in place of one float32 product, *tf32* one. A dash: not measured, or not recordable",
+        "as a graph. Every form was compared with the float64 recurrence on the batch that was timed, before that.",
+        "Heads 8, head dim 64, state 64, one group a head, 4 taps. The naive forms and those of torch.compile have no",
+        "packed sequences: they run padded, as 1024 × 20. mamba-ssm's block knows no time factor.",
+        "",
+        *(f"Not there: {said}" for said in missing),
+        *([""] if missing else []),
+        "## Goals",
+        "",
+        *table(
+            ("what", "goal", "device", "as called", "met on the device"),
+            [line for goal in GOALS if (line := goal(rows)) is not None],
+        ),
+    ]
+    for operation, title in TITLES.items():
+        lines += [f"## {title}", "", *measured(rows, operation)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(read(Path(sys.argv[1]) if len(sys.argv) > 1 else ROWS)))
