@@ -27,8 +27,12 @@ from mmm4rec_cli.training.interrupt import Interruption, kept_signals
 from mmm4rec_cli.training.optimizer import FlatParameters, optimizer_of
 from mmm4rec_cli.training.sampled import ItemTables, SampledGradients
 from mmm4rec_cli.training.state import Progress, load_state, save_state
-from mmm4rec_cli.training.step import Gradients, MicroBatch
+from mmm4rec_cli.training.step import Gradients, MicroBatch, ShardedGradients
 from mmm4rec_cli.world import World
+
+TABLE_COPIES = 8
+"""Tensors as large as the item table that the full loss holds at once: both modalities' vectors, their normalised
+forms, the table, and gradients."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,12 @@ class Trainer:
         }
         self.gradients: Gradients | SampledGradients
         if task.negatives:
-            options |= {"negatives": task.negatives, "n_items": len(model.get_buffer(model.item_rows[0])) - 1}
+            options |= {"negatives": task.negatives, "n_items": model.n_rows - 1}
             self.gradients = SampledGradients(model, sequences, **options)
+        elif self._shards(runtime):
+            options["graphs"] = False
+            self.gradients = ShardedGradients(model, sequences, in_batch=False, **options)
+            say("the item table lies in slices, one a process (runtime.shard_items)")
         else:
             self.gradients = Gradients(model, sequences, in_batch=task.in_batch, **options)
 
@@ -135,6 +143,7 @@ class Trainer:
         means (published behaviour Q9).
         """
         plan = self.task.optimisation
+        sharded = isinstance(self.gradients, ShardedGradients)
         among_all = self.world.size > 1 and (self.task.in_batch or self.task.negatives > 0)
         micro_batches = torch.split(targets, plan.batch_size)
         shares = [part[self.world.share(len(part))] for part in micro_batches]
@@ -146,13 +155,23 @@ class Trainer:
             yield [
                 MicroBatch(
                     shares[i],
-                    micro_batches[i] if among_all else None,
+                    micro_batches[i] if among_all or (sharded and len(micro_batches[i]) >= self.world.size) else None,
                     places[i],
                     len(shares[i]) / (size if plan.mean_over_group else len(micro_batches[i])),
                     self._draw(),
                 )
                 for i in group
             ]
+
+    def _shards(self, runtime: RuntimeSettings) -> bool:
+        """Whether the item table is cut into slices: if asked for, or if it is too large for each process."""
+        if self.world.size == 1 or self.task.in_batch or not self.model.item_rows or runtime.shard_items == "never":
+            return False
+        if runtime.shard_items == "always" or self.device.type == "cpu":
+            return runtime.shard_items == "always"
+        table = self.model.n_rows * self.model.item_table(torch.ones(1, dtype=torch.int64, device=self.device)).shape[1]
+        held = table * self.parameters.values.element_size() * TABLE_COPIES
+        return held > torch.cuda.get_device_properties(self.device).total_memory / 2
 
     def _draw(self) -> Tensor | None:
         if not isinstance(self.gradients, SampledGradients):

@@ -108,12 +108,15 @@ class Gradients:
         )
         windows = self._shared(windows, candidates_C).to(self.device)
         with precision(self.number_format, self.device):
-            loss = self.model.training_loss(windows, in_batch=self.in_batch)
+            loss = self._loss(windows)
         gradients = torch.autograd.grad(loss * weight.to(loss.dtype), self.parameters, allow_unused=True)
         # One operation for all parameters; accumulating each on its own costs a kernel a parameter.
         found = [i for i, gradient in enumerate(gradients) if gradient is not None]
         torch._foreach_add_([self.totals[i] for i in found], [gradients[i] for i in found])
         return loss.detach().double()
+
+    def _loss(self, windows: Windows) -> Tensor:
+        return self.model.training_loss(windows, in_batch=self.in_batch)
 
     def _shared(self, windows: Windows, candidates_C: Tensor | None) -> Windows:
         if candidates_C is None:
@@ -165,3 +168,17 @@ class _Recorded:
         self.weight.fill_(batch.weight)
         self.graph.replay()
         return self.loss.clone()
+
+
+class ShardedGradients(Gradients):
+    """As `Gradients` for the full loss, with the item table in slices over the processes.
+
+    Micro-batches without `candidates_C` (smaller than the number of processes) are computed on the whole table.
+    Nothing is recorded: processes that wait for one another inside a graph cannot be interrupted.
+    """
+
+    def _loss(self, windows: Windows) -> Tensor:
+        assert self.world is not None
+        if windows.candidate_C is None:
+            return super()._loss(windows)
+        return self.model.sharded_loss(windows, self.world)
