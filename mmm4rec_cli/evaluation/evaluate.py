@@ -9,6 +9,7 @@ from mmm4rec_cli.data.sequences import Sequences
 from mmm4rec_cli.device import precision
 from mmm4rec_cli.evaluation.ranks import Ties, target_ranks
 from mmm4rec_cli.models.interface import SequenceModel
+from mmm4rec_cli.models.recorded import RecordedUsers
 from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.world import World
 
@@ -70,19 +71,17 @@ def rank_split(
     share = targets[world.share(len(targets))]
     ranks = []
     reporter = reporter or SilentReporter()
-    number_format = precision(ranking.precision, targets.device)
     with torch.inference_mode(), reporter.stage(f"rank {split}", len(share), "users") as stage:
-        with number_format:
+        with precision(ranking.precision, targets.device):
             table_VD = model.item_table()
         # Scores are compared in float32 whatever the encoders computed in: bfloat16 would tie half the catalogue.
         table_VD = table_VD.to(torch.promote_types(table_VD.dtype, torch.float32))
+        users = RecordedUsers(model, ranking.precision, targets.device)
         blocks = torch.split(share, ranking.batch_size)
         places = [sequences.lengths(block, max_len).sum() for block in blocks]
         for block, rows in zip(blocks, torch.stack(places).tolist() if places else [], strict=True):
             windows = sequences.windows(block, max_len, with_target_time=model.reads_target_time, rows=rows)
-            with number_format:
-                user_BD = model.users(windows)
-            user_BD = user_BD.to(table_VD.dtype)
+            user_BD = users(windows).to(table_VD.dtype)
             ranks.append(
                 target_ranks(
                     user_BD,

@@ -13,16 +13,8 @@ from torch import Tensor
 from mmm4rec_cli.data.sequences import Sequences, Windows
 from mmm4rec_cli.device import precision
 from mmm4rec_cli.models.interface import SequenceModel
+from mmm4rec_cli.models.places import rounded_rows
 from mmm4rec_cli.world import World
-
-ROWS_A_STEP = 2
-"""Rows are rounded up to a multiple of B / 2, so that few shapes occur and a recorded graph serves many batches."""
-
-
-def rounded_rows(places: int, batch: int, max_len: int) -> int:
-    """Rows to compute for so many real places: a multiple of B / 2, at most B T."""
-    step = max(1, batch // ROWS_A_STEP)
-    return min(-(-places // step) * step, batch * max_len)
 
 
 @dataclass(frozen=True)

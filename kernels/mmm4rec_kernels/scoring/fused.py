@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import align
+from mmm4rec_kernels.scoring import products
 from mmm4rec_kernels.scoring.ops import stride
 from mmm4rec_kernels.tiles import LOG2E
 
@@ -191,6 +192,11 @@ def _block_columns(queries: int, rows: int) -> int:
     return min(stride(rows), max(COLUMNS, BLOCK // queries // COLUMNS * COLUMNS))
 
 
+def _rounds(query: torch.Tensor) -> bool:
+    """Whether products are taken by tensor cores, which round operands; else they are left to the framework."""
+    return query.dtype != torch.float32 or (query.is_cuda and torch.get_float32_matmul_precision() != "highest")
+
+
 def _slopes_buffer(score: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Where slopes go: over the scores, or beside them if the operands of products are narrower."""
     return score if query.dtype == score.dtype else torch.empty_like(score, dtype=query.dtype)
@@ -215,6 +221,9 @@ def cross_entropy(
             score, target, loss, total, slope, rows, columns // unit, first, ALIGN=unit, BC=taken, num_warps=8
         )
         return loss, total, slope
+    if _rounds(query):
+        total, own = products.totals(query, table, target, first)
+        return total - own, total, query.new_empty(0, 0)
     count = triton.cdiv(rows, COLUMNS)
     totals = torch.empty(count, queries, dtype=torch.float32, device=query.device)
     own = torch.full_like(loss, torch.nan)
@@ -271,10 +280,13 @@ def cross_entropy_backward(
     for begin in range(first, first + rows, columns):
         part = table[begin : begin + columns]
         slope = slopes[:, : len(part)]
-        _product(query, part.T, score[:, : len(part)])
-        part_slopes[(queries, triton.cdiv(len(part), COLUMNS))](
-            score, target, total, slope, len(part), columns // unit, begin, ALIGN=unit, BC=COLUMNS, num_warps=8
-        )
+        if _rounds(query):
+            products.slopes(query, part, target, total, begin, slope)
+        else:
+            _product(query, part.T, score[:, : len(part)])
+            part_slopes[(queries, triton.cdiv(len(part), COLUMNS))](
+                score, target, total, slope, len(part), columns // unit, begin, ALIGN=unit, BC=COLUMNS, num_warps=8
+            )
         torch.mm(slope.T, weighted, out=d_table[begin : begin + len(part)])
         if begin == first:
             _product(slope, part, d_query)
