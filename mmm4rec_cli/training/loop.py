@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.reporter import Reporter
 from mmm4rec_cli.runs import Run, save_weights
 from mmm4rec_cli.settings.schema import Optimisation, RuntimeSettings
+from mmm4rec_cli.training.delivery import Delivery
 from mmm4rec_cli.training.interrupt import Interruption, kept_signals
 from mmm4rec_cli.training.optimizer import FlatParameters, optimizer_of
 from mmm4rec_cli.training.sampled import ItemTables, SampledGradients
@@ -85,7 +86,7 @@ class Trainer:
 
     Args:
         model: on its device.
-        sequences: on the device of the task's targets.
+        sequences: on the device of the task's targets: the model's, or the CPU, whence windows are delivered.
         task: see `Task`.
         max_len: places of a window.
         runtime: number format, graphs.
@@ -118,6 +119,10 @@ class Trainer:
             **{"max_len": max_len, "number_format": runtime.precision, "device": self.device, "world": self.world},
             **{"graphs": runtime.cuda_graphs, "say": say},
         }
+        self.delivery: Delivery | None = None
+        if sequences.items_N.device.type != self.device.type:
+            reads = {"with_target_time": model.reads_target_time}
+            self.delivery = Delivery(sequences, self.device, max_len, self.world, **reads)
         self.gradients: Gradients | SampledGradients
         if task.negatives:
             options |= {"negatives": task.negatives, "n_items": model.n_rows - 1}
@@ -142,6 +147,14 @@ class Trainer:
         The group's loss is the mean over its targets, or, with `mean_over_group` off, the sum of the micro-batches'
         means (published behaviour Q9).
         """
+        groups = self._undrawn(targets)
+        if self.delivery is not None:
+            groups = self.delivery.ahead(groups)
+        for group in groups:
+            # Drawn last: what is saved between two steps is where the draws stand, whatever is delivered ahead.
+            yield [replace(batch, negative_N=self._draw()) for batch in group]
+
+    def _undrawn(self, targets: Tensor) -> Iterator[list[MicroBatch]]:
         plan = self.task.optimisation
         sharded = isinstance(self.gradients, ShardedGradients)
         among_all = self.world.size > 1 and (self.task.in_batch or self.task.negatives > 0)
@@ -158,7 +171,6 @@ class Trainer:
                     micro_batches[i] if among_all or (sharded and len(micro_batches[i]) >= self.world.size) else None,
                     places[i],
                     len(shares[i]) / (size if plan.mean_over_group else len(micro_batches[i])),
-                    self._draw(),
                 )
                 for i in group
             ]
@@ -177,7 +189,7 @@ class Trainer:
         if not isinstance(self.gradients, SampledGradients):
             return None
         inner = self.gradients.inner
-        return torch.randint(1, inner.n_items + 1, inner.negative_N.shape, generator=self.draws, device=self.device)
+        return torch.randint(1, inner.n_items + 1, (inner.negatives,), generator=self.draws, device=self.device)
 
     def step(self, group: list[MicroBatch]) -> Tensor:
         """Gradients of a group and one step; the sum of its targets' losses, float64, perhaps not computed yet.
