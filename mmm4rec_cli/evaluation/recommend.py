@@ -227,15 +227,17 @@ class Recommender:
     def user_vectors(self, histories: Sequence[_History]) -> Tensor:
         """User vectors [B, D] float32 of histories; the last `model.max_len` elements count."""
         length = self.settings.model.max_len
-        items = np.zeros((len(histories), length), dtype=np.int64)
-        times = np.zeros_like(items)
-        for row, history in enumerate(histories):
-            kept = min(len(history.items), length)
-            items[row, :kept] = history.items[-kept:]
-            times[row, :kept] = history.times[-kept:]
-            if self.model.reads_target_time and kept < length:
-                times[row, kept] = history.at
-        lengths = (items > 0).sum(1)
+        whole_B = np.array([len(history.items) for history in histories])
+        kept_B = np.minimum(whole_B, length)
+        place_T = np.arange(length)
+        real_BT = place_T < kept_B[:, None]
+        flat_BT = np.where(real_BT, (whole_B.cumsum() - kept_B)[:, None] + place_T, 0)
+        items = np.where(real_BT, np.concatenate([history.items for history in histories])[flat_BT], 0)
+        times = np.where(real_BT, np.concatenate([history.times for history in histories])[flat_BT], 0)
+        if self.model.reads_target_time:
+            short = np.flatnonzero(kept_B < length)
+            times[short, kept_B[short]] = np.array([history.at for history in histories])[short]
+        items, times, lengths = items.astype(np.int64), times.astype(np.int64), kept_B.astype(np.int64)
         items_BT, lengths_B, times_BT = (torch.from_numpy(x) for x in (items, lengths, times))
         no_target_B = torch.zeros_like(lengths_B)
         return self._users(Windows(items_BT, lengths_B, times_BT, no_target_B, rows=int(lengths.sum()))).float()
