@@ -159,7 +159,9 @@ class Gradients:
                 torch.cuda.current_stream().wait_stream(side)
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # What the thread of the delivery asks of the GPU meanwhile is none of the graph's business.
+            mode = "global" if batch.windows is None else "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
                 loss = self._compute(held, weight)
         except torch.OutOfMemoryError:
             raise
