@@ -159,8 +159,12 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _less_memory(command: str) -> str:
     section = {"preprocess": "features", "pretrain": "pretrain", "finetune": "finetune"}.get(command, "evaluate")
-    keeps = f" and raise {section}.accumulation as much" if section in ("pretrain", "finetune") else ""
-    return f"lower --set {section}.batch_size=…{keeps}"
+    hint = f"lower --set {section}.batch_size=…"
+    if section in ("pretrain", "finetune"):
+        hint += f" and raise {section}.accumulation as much, or lower model.hidden_size"
+    if section == "finetune":
+        hint += "; for a large catalogue --set finetune.loss=sampled"
+    return hint
 
 
 def _from_kernels(error: Exception) -> bool:

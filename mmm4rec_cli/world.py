@@ -41,6 +41,14 @@ class World:
 
             torch.distributed.all_reduce(tensor)
 
+    def greatest(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """Replace a tensor by its greatest values over all processes; gives it back."""
+        if self.size > 1:
+            import torch.distributed
+
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return tensor
+
     def first_says(self, value: Any) -> Any:
         """What the first process gives, on every process."""
         if self.size == 1:

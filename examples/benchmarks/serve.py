@@ -95,8 +95,8 @@ def _status(name: str) -> int:
 def rate(call: Callable[[int], object], seconds: float, device: torch.device, most: int, first: int = 64) -> float:
     """Units a second of `call(n)`, n grown until one call takes about `seconds`."""
     n = min(first, most)
-    call(n)  # compiles, allocates
     while True:
+        call(n)  # compiles, allocates
         took = seconds_of(partial(call, n), device)
         if n == most or took >= 0.5 * seconds:
             return n / took

@@ -5,6 +5,7 @@ U users, B windows in the batch, T places (max_len).
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmm4rec_cli.errors import DataError
+from mmm4rec_cli.reporter import Reporter
+
+SHARE = 0.25
+"""Of a GPU's memory: what interactions may take before they stay in the host's."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,12 @@ class Windows:
 
     def to(self, device: torch.device) -> "Windows":
         """The same on another device."""
-        names = ("items_BT", "lengths_B", "timestamps_BT", "target_B", "candidate_C", "negative_N")
-        tensors = {name: getattr(self, name) for name in names}
-        moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None}
+        moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in self.tensors().items()}
         return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of its fields that are tensors, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def among(self, candidate_C: Tensor, own: int) -> "Windows":
         """The same as a part of a larger batch, whose targets are the candidates."""
@@ -104,6 +111,11 @@ class Sequences:
     def to(self, device: torch.device) -> "Sequences":
         """The same on another device."""
         return Sequences(*(x.to(device) for x in (self.items_N, self.times_N, self.first_N, self.offsets_U1)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.nbytes for x in (self.items_N, self.times_N, self.first_N, self.offsets_U1))
 
     @property
     def counts_U(self) -> Tensor:
@@ -195,3 +207,11 @@ class Sequences:
     def tied(self, targets: Tensor) -> Tensor:
         """Whether the target has the same time stamp as the event before it, bool."""
         return self.times_N[targets] == self.times_N[targets - 1]
+
+
+def placed(sequences: Sequences, device: torch.device, reporter: Reporter) -> Sequences:
+    """Sequences on the device, or where they are if they would fill it; the latter is said."""
+    if device.type == "cuda" and sequences.nbytes > SHARE * torch.cuda.get_device_properties(device).total_memory:
+        reporter.note(f"interactions stay in the host's memory: {sequences.nbytes / 2**30:.1f} GiB")
+        return sequences
+    return sequences.to(device)

@@ -9,6 +9,7 @@ from mmm4rec_cli.data.sequences import Sequences
 from mmm4rec_cli.device import precision
 from mmm4rec_cli.evaluation.ranks import Ties, target_ranks
 from mmm4rec_cli.models.interface import SequenceModel
+from mmm4rec_cli.models.recorded import RecordedUsers
 from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.world import World
 
@@ -52,9 +53,9 @@ def rank_split(
     """Rank held-out targets, one a user; the catalogue is encoded once, padding never.
 
     Args:
-        model: on the device of `sequences`; put into evaluation mode here, its mode is restored.
-        sequences: the interactions.
-        targets: their flat positions.
+        model: put into evaluation mode here, its mode is restored.
+        sequences: the interactions, on the model's device or on the CPU.
+        targets: their flat positions, on the device of the sequences.
         split: what they are called, `valid` or `test`.
         max_len: places of a history.
         ranking: see `Ranking`.
@@ -69,27 +70,27 @@ def rank_split(
     model.eval()
     share = targets[world.share(len(targets))]
     ranks = []
+    device = next(model.parameters()).device
     reporter = reporter or SilentReporter()
-    number_format = precision(ranking.precision, targets.device)
     with torch.inference_mode(), reporter.stage(f"rank {split}", len(share), "users") as stage:
-        with number_format:
+        with precision(ranking.precision, device):
             table_VD = model.item_table()
         # Scores are compared in float32 whatever the encoders computed in: bfloat16 would tie half the catalogue.
         table_VD = table_VD.to(torch.promote_types(table_VD.dtype, torch.float32))
+        users = RecordedUsers(model, ranking.precision, device)
         blocks = torch.split(share, ranking.batch_size)
         places = [sequences.lengths(block, max_len).sum() for block in blocks]
         for block, rows in zip(blocks, torch.stack(places).tolist() if places else [], strict=True):
             windows = sequences.windows(block, max_len, with_target_time=model.reads_target_time, rows=rows)
-            with number_format:
-                user_BD = model.users(windows)
-            user_BD = user_BD.to(table_VD.dtype)
+            hidden = seen_items(sequences, block) if ranking.mask_seen else None
+            user_BD = users(windows).to(table_VD.dtype)
             ranks.append(
                 target_ranks(
                     user_BD,
                     table_VD,
-                    windows.target_B,
+                    windows.target_B.to(device),
                     ties=ranking.ties,
-                    hidden=seen_items(sequences, block) if ranking.mask_seen else None,
+                    hidden=None if hidden is None else (hidden[0].to(device), hidden[1].to(device)),
                     padding_candidate=ranking.padding_candidate,
                 )
             )

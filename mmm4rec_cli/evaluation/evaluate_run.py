@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mmm4rec_cli.data.dataset import Dataset, load_dataset
-from mmm4rec_cli.data.sequences import Split
+from mmm4rec_cli.data.sequences import Split, placed
 from mmm4rec_cli.device import resolve_device
 from mmm4rec_cli.errors import DataError, RunError
 from mmm4rec_cli.evaluation.compare import paired_bootstrap
@@ -204,7 +204,8 @@ def _rank_members(
     """Rank with every seed of a run."""
     device = resolve_device(settings.runtime.device)
     world = join(device)
-    sequences, targets = dataset.sequences.to(device), held_out.targets(split).to(device)
+    sequences = placed(dataset.sequences, device, reporter)
+    targets = held_out.targets(split).to(sequences.items_N.device)
     max_len = settings.model.max_len
     ranking = Ranking(
         ties=settings.evaluate.ties,

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from mmm4rec_cli.data import columns
 from mmm4rec_cli.data.dataset import Dataset
+from mmm4rec_cli.data.sequences import Windows
 from mmm4rec_cli.device import precision, resolve_device
 from mmm4rec_cli.errors import DataError, RunError, UsageError
 from mmm4rec_cli.evaluation.evaluate_run import check_finished, run_dataset
 from mmm4rec_cli.evaluation.top_k import top_k
 from mmm4rec_cli.features.store import ItemFeatures
 from mmm4rec_cli.models.interface import SequenceModel
+from mmm4rec_cli.models.recorded import RecordedUsers
 from mmm4rec_cli.reporter import Reporter, SilentReporter
 from mmm4rec_cli.runs import Run, load_model
 from mmm4rec_cli.settings.schema import Settings
@@ -124,6 +126,7 @@ class Recommender:
             x.numpy() for x in (sequences.offsets_U1, sequences.items_N, sequences.times_N)
         )
         self._precision = precision(settings.runtime.precision, device)
+        self._users = RecordedUsers(self.model, settings.runtime.precision, device)
         with torch.inference_mode(), self._precision:
             self.item_VD = model.item_table().float()
         if not torch.isfinite(self.item_VD).all():
@@ -224,19 +227,20 @@ class Recommender:
     def user_vectors(self, histories: Sequence[_History]) -> Tensor:
         """User vectors [B, D] float32 of histories; the last `model.max_len` elements count."""
         length = self.settings.model.max_len
-        items = np.zeros((len(histories), length), dtype=np.int64)
-        times = np.zeros_like(items)
-        for row, history in enumerate(histories):
-            kept = min(len(history.items), length)
-            items[row, :kept] = history.items[-kept:]
-            times[row, :kept] = history.times[-kept:]
-            if self.model.reads_target_time and kept < length:
-                times[row, kept] = history.at
-        lengths = torch.from_numpy((items > 0).sum(1))
-        with torch.inference_mode(), self._precision:
-            arguments = (x.to(self.device) for x in (torch.from_numpy(items), lengths, torch.from_numpy(times)))
-            user_BD: Tensor = self.model(*arguments)
-        return user_BD.float()
+        whole_B = np.array([len(history.items) for history in histories])
+        kept_B = np.minimum(whole_B, length)
+        place_T = np.arange(length)
+        real_BT = place_T < kept_B[:, None]
+        flat_BT = np.where(real_BT, (whole_B.cumsum() - kept_B)[:, None] + place_T, 0)
+        items = np.where(real_BT, np.concatenate([history.items for history in histories])[flat_BT], 0)
+        times = np.where(real_BT, np.concatenate([history.times for history in histories])[flat_BT], 0)
+        if self.model.reads_target_time:
+            short = np.flatnonzero(kept_B < length)
+            times[short, kept_B[short]] = np.array([history.at for history in histories])[short]
+        items, times, lengths = items.astype(np.int64), times.astype(np.int64), kept_B.astype(np.int64)
+        items_BT, lengths_B, times_BT = (torch.from_numpy(x) for x in (items, lengths, times))
+        no_target_B = torch.zeros_like(lengths_B)
+        return self._users(Windows(items_BT, lengths_B, times_BT, no_target_B, rows=int(lengths.sum()))).float()
 
     def _answers(self, histories: list[_History], k: int, include_seen: bool) -> Recommended:
         user_BD = self.user_vectors(histories)

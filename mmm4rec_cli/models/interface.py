@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmm4rec_cli.data.sequences import Windows
+from mmm4rec_cli.models.sharded_loss import sharded_cross_entropy
+from mmm4rec_cli.world import World
 from mmm4rec_kernels import lookup, softmax_cross_entropy
 
 
@@ -85,6 +87,30 @@ class SequenceModel(nn.Module, ABC):
         if in_batch and windows.candidate_C is not None:
             return self._in_batch_loss(user_BD, windows.candidate_C, windows.own)
         return self.loss(user_BD, windows.target_B, in_batch=in_batch)
+
+    def sharded_loss(self, windows: Windows, world: World) -> Tensor:
+        """The full loss of the windows' targets with the item table in slices, one a process; a scalar.
+
+        The table's rows of other processes are neither made nor scored here; the vectors of the histories' own items
+        are made for themselves.
+
+        Args:
+            windows: this process's, among the targets of all processes (`Windows.among`).
+            world: the processes, all of which call this together.
+        """
+        assert windows.candidate_C is not None
+        user_BD = self.users(windows)
+        first = 0 if self.padding_candidate else 1
+        ids_R = torch.arange(first, self.n_rows, device=user_BD.device)[world.share(self.n_rows - first)]
+        own = slice(windows.own, windows.own + len(user_BD))
+        begin = first + world.share(self.n_rows - first).start
+        row_RD = self.item_table(ids_R)
+        return sharded_cross_entropy(user_BD, row_RD, windows.candidate_C, begin=begin, own=own, world=world).mean()
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the catalogue, padding included, of a model with `item_rows`."""
+        return len(self.get_buffer(self.item_rows[0]))
 
     def sampled_loss(self, user_BD: Tensor, table_VD: Tensor, windows: Windows) -> Tensor:
         """The full loss with the sum over the catalogue estimated, a scalar.

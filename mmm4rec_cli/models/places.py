@@ -10,6 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROWS_A_STEP = 2
+"""Rows are rounded up to a multiple of B / 2, so that few shapes occur and a recorded graph serves many batches."""
+
+
+def rounded_rows(places: int, batch: int, max_len: int) -> int:
+    """Rows to compute for so many real places: a multiple of B / 2, at most B T."""
+    step = max(1, batch // ROWS_A_STEP)
+    return min(-(-places // step) * step, batch * max_len)
+
 
 @dataclass(frozen=True)
 class Places:

@@ -283,6 +283,11 @@ class RuntimeSettings(Section):
         "tf32", description="matrix products on the GPU: TF32 (as published), IEEE float32, bfloat16 autocast"
     )
     cuda_graphs: bool = Field(True, description="record training steps on the GPU once and replay them")
+    shard_items: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="full loss with several processes: each encodes and scores a slice of the items, never the whole; "
+        "auto: where eight copies of the item table take more than half of the GPU's memory",
+    )
     save_minutes: float = Field(
         10.0, gt=0, description="minutes between two savings inside an epoch, from which a killed training goes on"
     )

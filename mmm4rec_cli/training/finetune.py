@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mmm4rec_cli.data.dataset import Dataset, load_dataset
-from mmm4rec_cli.data.sequences import Split
+from mmm4rec_cli.data.sequences import Split, placed
 from mmm4rec_cli.device import resolve_device
 from mmm4rec_cli.errors import DataError, UsageError
 from mmm4rec_cli.evaluation.evaluate import RankedSplit, Ranking, rank_by_popularity, rank_by_repeating, rank_split
@@ -130,8 +130,8 @@ def _finetune(
     reporter: Reporter,
 ) -> dict[str, Any]:
     plan, max_len = settings.finetune, settings.model.max_len
-    sequences = dataset.sequences.to(device)
-    split = dataset.sequences.split(settings.data.split, settings.data.split_share).to(device)
+    sequences = placed(dataset.sequences, device, reporter)
+    split = dataset.sequences.split(settings.data.split, settings.data.split_share).to(sequences.items_N.device)
     targets = split.train
     ranking = Ranking(
         ties=settings.evaluate.ties,

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,17 @@ from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.reporter import Reporter
 from mmm4rec_cli.runs import Run, save_weights
 from mmm4rec_cli.settings.schema import Optimisation, RuntimeSettings
+from mmm4rec_cli.training.delivery import Delivery
 from mmm4rec_cli.training.interrupt import Interruption, kept_signals
 from mmm4rec_cli.training.optimizer import FlatParameters, optimizer_of
 from mmm4rec_cli.training.sampled import ItemTables, SampledGradients
 from mmm4rec_cli.training.state import Progress, load_state, save_state
-from mmm4rec_cli.training.step import Gradients, MicroBatch
+from mmm4rec_cli.training.step import Gradients, MicroBatch, ShardedGradients
 from mmm4rec_cli.world import World
+
+TABLE_COPIES = 8
+"""Tensors as large as the item table that the full loss holds at once: both modalities' vectors, their normalised
+forms, the table, and gradients."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Trainer:
 
     Args:
         model: on its device.
-        sequences: on the device of the task's targets.
+        sequences: on the device of the task's targets: the model's, or the CPU, whence windows are delivered.
         task: see `Task`.
         max_len: places of a window.
         runtime: number format, graphs.
@@ -114,10 +119,18 @@ class Trainer:
             **{"max_len": max_len, "number_format": runtime.precision, "device": self.device, "world": self.world},
             **{"graphs": runtime.cuda_graphs, "say": say},
         }
+        self.delivery: Delivery | None = None
+        if sequences.items_N.device.type != self.device.type:
+            reads = {"with_target_time": model.reads_target_time}
+            self.delivery = Delivery(sequences, self.device, max_len, self.world, **reads)
         self.gradients: Gradients | SampledGradients
         if task.negatives:
-            options |= {"negatives": task.negatives, "n_items": len(model.get_buffer(model.item_rows[0])) - 1}
+            options |= {"negatives": task.negatives, "n_items": model.n_rows - 1}
             self.gradients = SampledGradients(model, sequences, **options)
+        elif self._shards(runtime):
+            options["graphs"] = False
+            self.gradients = ShardedGradients(model, sequences, in_batch=False, **options)
+            say("the item table lies in slices, one a process (runtime.shard_items)")
         else:
             self.gradients = Gradients(model, sequences, in_batch=task.in_batch, **options)
 
@@ -134,7 +147,16 @@ class Trainer:
         The group's loss is the mean over its targets, or, with `mean_over_group` off, the sum of the micro-batches'
         means (published behaviour Q9).
         """
+        groups = self._undrawn(targets)
+        if self.delivery is not None:
+            groups = self.delivery.ahead(groups)
+        for group in groups:
+            # Drawn last: what is saved between two steps is where the draws stand, whatever is delivered ahead.
+            yield [replace(batch, negative_N=self._draw()) for batch in group]
+
+    def _undrawn(self, targets: Tensor) -> Iterator[list[MicroBatch]]:
         plan = self.task.optimisation
+        sharded = isinstance(self.gradients, ShardedGradients)
         among_all = self.world.size > 1 and (self.task.in_batch or self.task.negatives > 0)
         micro_batches = torch.split(targets, plan.batch_size)
         shares = [part[self.world.share(len(part))] for part in micro_batches]
@@ -146,19 +168,28 @@ class Trainer:
             yield [
                 MicroBatch(
                     shares[i],
-                    micro_batches[i] if among_all else None,
+                    micro_batches[i] if among_all or (sharded and len(micro_batches[i]) >= self.world.size) else None,
                     places[i],
                     len(shares[i]) / (size if plan.mean_over_group else len(micro_batches[i])),
-                    self._draw(),
                 )
                 for i in group
             ]
+
+    def _shards(self, runtime: RuntimeSettings) -> bool:
+        """Whether the item table is cut into slices: if asked for, or if it is too large for each process."""
+        if self.world.size == 1 or self.task.in_batch or not self.model.item_rows or runtime.shard_items == "never":
+            return False
+        if runtime.shard_items == "always" or self.device.type == "cpu":
+            return runtime.shard_items == "always"
+        table = self.model.n_rows * self.model.item_table(torch.ones(1, dtype=torch.int64, device=self.device)).shape[1]
+        held = table * self.parameters.values.element_size() * TABLE_COPIES
+        return held > torch.cuda.get_device_properties(self.device).total_memory / 2
 
     def _draw(self) -> Tensor | None:
         if not isinstance(self.gradients, SampledGradients):
             return None
         inner = self.gradients.inner
-        return torch.randint(1, inner.n_items + 1, inner.negative_N.shape, generator=self.draws, device=self.device)
+        return torch.randint(1, inner.n_items + 1, (inner.negatives,), generator=self.draws, device=self.device)
 
     def step(self, group: list[MicroBatch]) -> Tensor:
         """Gradients of a group and one step; the sum of its targets' losses, float64, perhaps not computed yet.

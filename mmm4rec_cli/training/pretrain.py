@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mmm4rec_cli.data.dataset import load_dataset
+from mmm4rec_cli.data.sequences import placed
 from mmm4rec_cli.device import resolve_device
 from mmm4rec_cli.errors import DataError
 from mmm4rec_cli.features.store import encoder_name
@@ -55,10 +56,12 @@ def pretrain(
         else:
             torch.manual_seed(world.first_says(torch.seed()))
         network = build_model(model, settings.model, dataset.model_features(settings.features.missing)).to(device)
-        task = Task("pretrain", plan, targets=targets.to(device), in_batch=True, save_every=plan.save_every)
+        sequences = placed(dataset.sequences, device, log)
+        targets = targets.to(sequences.items_N.device)
+        task = Task("pretrain", plan, targets=targets, in_batch=True, save_every=plan.save_every)
         progress = fit(
             network,
-            dataset.sequences.to(device),
+            sequences,
             task,
             run,
             max_len=settings.model.max_len,

@@ -20,7 +20,6 @@ from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.settings.schema import Optimisation
 from mmm4rec_cli.training.optimizer import BETA1, BETA2, EPS
 from mmm4rec_cli.training.step import Gradients, MicroBatch
-from mmm4rec_cli.world import World
 from mmm4rec_kernels import sum_by_row
 
 
@@ -72,19 +71,13 @@ class _RowGradients(Gradients):
         self.held = {name: held[name] for name in model.item_rows}
         self.loss = _TrainingLoss(model)
         self.n_items = n_items
-        self.negative_N = torch.zeros(negatives, dtype=torch.int64, device=self.device)
-        """The micro-batch's drawn items; a recorded graph reads them here."""
+        self.negatives = negatives
         self.rows: dict[tuple[int, int, int], tuple[Tensor, dict[str, Tensor]]] = {}
-        """Ids [M] and gradients by table [M, D] of the last micro-batch of so many targets, candidates and rows."""
+        """Ids [M] and gradients by table [M, D] of the last micro-batch of a shape."""
 
-    def _compute(self, positions_B: Tensor, candidates_C: Tensor | None, weight: Tensor, rows: int) -> Tensor:
-        windows = self.sequences.windows(
-            positions_B, self.max_len, with_target_time=self.model.reads_target_time, rows=rows
-        )
-        windows = self._shared(windows, candidates_C).to(self.device)
-        windows = replace(windows, negative_N=self.negative_N, n_items=self.n_items)
-        candidates = 0 if candidates_C is None else len(candidates_C)
-        most = 1 + rows + len(positions_B) + candidates + len(self.negative_N) if self.graphs else None
+    def _compute(self, batch: MicroBatch, weight: Tensor) -> Tensor:
+        windows = replace(self._windows(batch), negative_N=batch.negative_N, n_items=self.n_items)
+        most = 1 + sum(self.shape_of(batch)) + self.negatives if self.graphs else None
         ids_M, windows = small_catalogue(windows, most)
         small = {name: held.detach()[ids_M] for name, held in self.held.items()}
         leaves = {name: small[name].requires_grad_() for name in self.tables}
@@ -96,7 +89,7 @@ class _RowGradients(Gradients):
         found = [i for i, gradient in enumerate(gradients[: len(self.parameters)]) if gradient is not None]
         torch._foreach_add_([self.totals[i] for i in found], [gradients[i] for i in found])
         by_table = dict(zip(leaves, gradients[len(self.parameters) :], strict=True))
-        self.rows[len(positions_B), candidates, rows] = ids_M, by_table
+        self.rows[self.shape_of(batch)] = ids_M, by_table
         value: Tensor = loss.detach().double()
         return value
 
@@ -119,20 +112,17 @@ class SampledGradients:
     def __call__(self, batch: MicroBatch) -> Tensor:
         """The mean loss of the micro-batch's own targets, float64."""
         inner = self.inner
-        assert batch.negative_N is not None
-        inner.negative_N.copy_(batch.negative_N)
         loss = inner(batch)
         if not inner.tables:
             return loss
-        candidates = 0 if batch.candidates_C is None else len(batch.candidates_C)
-        ids_M, by_table = inner.rows[len(batch.positions_B), candidates, inner.rows_of(batch)]
+        ids_M, by_table = inner.rows[inner.shape_of(batch)]
         self.waiting.append((ids_M.clone(), {name: rows.clone() for name, rows in by_table.items()}))
         return loss
 
     def take(self, group: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
         """The items of a group, ascending, and the sum of their gradients [R, D] by table, over all processes."""
         inner = self.inner
-        world = inner.world or World()
+        world = inner.world
         own_K = torch.cat([ids for ids, _ in self.waiting] or [torch.zeros(0, dtype=torch.int64, device=inner.device)])
         ids_R = torch.unique(own_K if world.size == 1 else torch.cat([self._items_of(batch) for batch in group]))
         row_K = torch.searchsorted(ids_R, own_K)

@@ -4,7 +4,7 @@ Letters: B targets of the micro-batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,16 +13,8 @@ from torch import Tensor
 from mmm4rec_cli.data.sequences import Sequences, Windows
 from mmm4rec_cli.device import precision
 from mmm4rec_cli.models.interface import SequenceModel
+from mmm4rec_cli.models.places import rounded_rows
 from mmm4rec_cli.world import World
-
-ROWS_A_STEP = 2
-"""Rows are rounded up to a multiple of B / 2, so that few shapes occur and a recorded graph serves many batches."""
-
-
-def rounded_rows(places: int, batch: int, max_len: int) -> int:
-    """Rows to compute for so many real places: a multiple of B / 2, at most B T."""
-    step = max(1, batch // ROWS_A_STEP)
-    return min(-(-places // step) * step, batch * max_len)
 
 
 @dataclass(frozen=True)
@@ -39,6 +31,32 @@ class MicroBatch:
     """Factor on the mean loss of its own targets."""
     negative_N: Tensor | None = None
     """Items drawn for the sampled loss."""
+    windows: Windows | None = None
+    """Its windows where they come from the host's memory, already on their way; None: they are gathered here."""
+
+    def inputs(self) -> list[Tensor]:
+        """Everything that is read of it on the device."""
+        tensors = [self.positions_B, self.candidates_C, self.negative_N]
+        if self.windows is not None:
+            tensors = [self.negative_N, *self.windows.tensors().values()]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def cloned(self) -> "MicroBatch":
+        """The same in memory of its own, for `fill`."""
+        if self.windows is not None:
+            own: dict[str, Any] = {name: tensor.clone() for name, tensor in self.windows.tensors().items()}
+            return replace(self, negative_N=_clone(self.negative_N), windows=replace(self.windows, **own))
+        candidates_C, negative_N = _clone(self.candidates_C), _clone(self.negative_N)
+        return replace(self, positions_B=self.positions_B.clone(), candidates_C=candidates_C, negative_N=negative_N)
+
+    def fill(self, other: "MicroBatch") -> None:
+        """Take over the content of another one of the same shapes."""
+        for own, given in zip(self.inputs(), other.inputs(), strict=True):
+            own.copy_(given, non_blocking=True)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 class Gradients:
@@ -50,7 +68,7 @@ class Gradients:
 
     Args:
         model: in training mode, on the device of the targets; its parameters have gradients to add to.
-        sequences: where windows are gathered, on the same device, or on the CPU if it is too large for it.
+        sequences: where windows are gathered, on the same device; or on the CPU, and each micro-batch brings its own.
         in_batch: candidates are the targets of the whole micro-batch.
         max_len: T.
         number_format: `runtime.precision`.
@@ -78,7 +96,7 @@ class Gradients:
         self.totals = [p.grad for p in self.parameters if p.grad is not None]
         self.in_batch, self.max_len, self.number_format = in_batch, max_len, number_format
         self.device, self.world = device, world or World()
-        self.graphs = graphs and device.type == "cuda" and sequences.items_N.is_cuda
+        self.graphs = graphs and device.type == "cuda"
         self.say = say
         self._recorded: dict[tuple[int, int, int], _Recorded] = {}
         self._pool: Any = None
@@ -89,42 +107,46 @@ class Gradients:
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         """The mean loss of the micro-batch's own targets, float64; on a GPU it may not be computed yet."""
-        users, rows = len(batch.positions_B), self.rows_of(batch)
+        shape = self.shape_of(batch)
         if not self.graphs:
             weight = torch.tensor(batch.weight, dtype=torch.float64, device=self.device)
-            return self._compute(batch.positions_B, batch.candidates_C, weight, rows)
-        candidates = 0 if batch.candidates_C is None else len(batch.candidates_C)
-        recorded = self._recorded.get((users, candidates, rows))
+            return self._compute(batch, weight)
+        recorded = self._recorded.get(shape)
         if recorded is None:
-            recorded = self._record(batch, rows)
+            recorded = self._record(batch)
             if recorded is None:
                 return self(batch)
-            self._recorded[users, candidates, rows] = recorded
+            self._recorded[shape] = recorded
         return recorded.replay(batch)
 
-    def _compute(self, positions_B: Tensor, candidates_C: Tensor | None, weight: Tensor, rows: int) -> Tensor:
-        windows = self.sequences.windows(
-            positions_B, self.max_len, with_target_time=self.model.reads_target_time, rows=rows
-        )
-        windows = self._shared(windows, candidates_C).to(self.device)
+    def shape_of(self, batch: MicroBatch) -> tuple[int, int, int]:
+        """What a recorded graph is bound to: numbers of targets, of candidates and of rows."""
+        candidates = 0 if batch.candidates_C is None else len(batch.candidates_C)
+        return len(batch.positions_B), candidates, self.rows_of(batch)
+
+    def _compute(self, batch: MicroBatch, weight: Tensor) -> Tensor:
+        windows = self._windows(batch)
         with precision(self.number_format, self.device):
-            loss = self.model.training_loss(windows, in_batch=self.in_batch)
+            loss = self._loss(windows)
         gradients = torch.autograd.grad(loss * weight.to(loss.dtype), self.parameters, allow_unused=True)
         # One operation for all parameters; accumulating each on its own costs a kernel a parameter.
         found = [i for i, gradient in enumerate(gradients) if gradient is not None]
         torch._foreach_add_([self.totals[i] for i in found], [gradients[i] for i in found])
         return loss.detach().double()
 
-    def _shared(self, windows: Windows, candidates_C: Tensor | None) -> Windows:
-        if candidates_C is None:
-            return windows
-        share = self.world.share(len(candidates_C))
-        return windows.among(self.sequences.items_N[candidates_C].long(), share.start)
+    def _loss(self, windows: Windows) -> Tensor:
+        return self.model.training_loss(windows, in_batch=self.in_batch)
 
-    def _record(self, batch: MicroBatch, rows: int) -> "_Recorded | None":
+    def _windows(self, batch: MicroBatch) -> Windows:
+        windows = batch.windows
+        if windows is None:
+            reads_target_time = self.model.reads_target_time
+            windows = windows_of(self.sequences, batch, self.max_len, self.world, with_target_time=reads_target_time)
+        return replace(windows, rows=self.rows_of(batch)).to(self.device)
+
+    def _record(self, batch: MicroBatch) -> "_Recorded | None":
         """Record a graph; the parameters' gradients and the random state are left as they were."""
-        positions = batch.positions_B.clone()
-        candidates = None if batch.candidates_C is None else batch.candidates_C.clone()
+        held = batch.cloned()
         weight = torch.zeros((), dtype=torch.float64, device=self.device)
         random = torch.cuda.get_rng_state(self.device)
         try:
@@ -133,12 +155,14 @@ class Gradients:
                 side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
-                    self._compute(positions, candidates, weight, rows)
+                    self._compute(held, weight)
                 torch.cuda.current_stream().wait_stream(side)
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                loss = self._compute(positions, candidates, weight, rows)
+            # What the thread of the delivery asks of the GPU meanwhile is none of the graph's business.
+            mode = "global" if batch.windows is None else "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
+                loss = self._compute(held, weight)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -147,21 +171,42 @@ class Gradients:
             return None
         finally:
             torch.cuda.set_rng_state(random, self.device)
-        return _Recorded(graph, positions, candidates, weight, loss)
+        return _Recorded(graph, held, weight, loss)
 
 
 @dataclass(frozen=True)
 class _Recorded:
     graph: torch.cuda.CUDAGraph
-    positions_B: Tensor
-    candidates_C: Tensor | None
+    held: MicroBatch
     weight: Tensor
     loss: Tensor
 
     def replay(self, batch: MicroBatch) -> Tensor:
-        self.positions_B.copy_(batch.positions_B, non_blocking=True)
-        if self.candidates_C is not None and batch.candidates_C is not None:
-            self.candidates_C.copy_(batch.candidates_C, non_blocking=True)
+        self.held.fill(batch)
         self.weight.fill_(batch.weight)
         self.graph.replay()
         return self.loss.clone()
+
+
+def windows_of(
+    sequences: Sequences, batch: MicroBatch, max_len: int, world: World, *, with_target_time: bool
+) -> Windows:
+    """The windows of a micro-batch, among its candidates where it names them."""
+    windows = sequences.windows(batch.positions_B, max_len, with_target_time=with_target_time)
+    if batch.candidates_C is None:
+        return windows
+    share = world.share(len(batch.candidates_C))
+    return windows.among(sequences.items_N[batch.candidates_C].long(), share.start)
+
+
+class ShardedGradients(Gradients):
+    """As `Gradients` for the full loss, with the item table in slices over the processes.
+
+    Micro-batches without `candidates_C` (smaller than the number of processes) are computed on the whole table.
+    Nothing is recorded: processes that wait for one another inside a graph cannot be interrupted.
+    """
+
+    def _loss(self, windows: Windows) -> Tensor:
+        if windows.candidate_C is None:
+            return super()._loss(windows)
+        return self.model.sharded_loss(windows, self.world)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmm4rec_kernels import BackendUnavailable, compare_counts, lookup, order_of, softmax_cross_entropy
+from mmm4rec_kernels import BackendUnavailable, compare_counts, lookup, order_of, softmax_cross_entropy, sum_by_row
 from mmm4rec_kernels.agreement import disagreement
 from mmm4rec_kernels.scoring import eager, ops
 
@@ -186,6 +186,19 @@ def test_lookup_takes_any_shape_width_and_type(backend):
     assert table.grad[39999].tolist() == [2, 2, 2]
     assert lookup(table, index[:0], backend=backend).shape == (0, 2, 3)
     assert torch.equal(lookup(table, index, backend="reference"), rows)
+
+
+@every_backend
+def test_sums_by_row_are_lookups_gradient(backend):
+    generator = torch.Generator().manual_seed(0)
+    part = torch.randint(-4, 5, (300, 9), generator=generator).float().to(DEVICE)
+    index = torch.randint(0, 40, (300,), generator=generator).to(DEVICE)
+    index[:90] = 7  # crosses several tiles
+    table = torch.zeros(41, 9, device=DEVICE, requires_grad=True)
+    (expected,) = torch.autograd.grad(lookup(table, index, backend="reference"), table, part)
+    assert torch.equal(sum_by_row(part, index, 41, backend=backend), expected)
+    with pytest.raises(ValueError, match="index_N"):
+        sum_by_row(part, index[:5], 41)
 
 
 def test_lookup_names_a_bad_argument():

@@ -38,12 +38,22 @@ def curve(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["finetune", "pretrain"])
-def test_two_processes_train_as_one(workspace, make_domain, command):
+@pytest.mark.parametrize(
+    ("command", "sets"),
+    [
+        ("finetune", []),
+        ("pretrain", []),
+        ("finetune", ["finetune.loss=sampled", "finetune.negatives=9"]),
+        ("finetune", ["runtime.shard_items=always"]),
+    ],
+    ids=["full", "in batch", "sampled", "sharded"],
+)
+def test_two_processes_train_as_one(workspace, make_domain, command, sets):
     make_domain(users=61)
+    more = [word for setting in sets for word in ("--set", setting)]
     curves = []
     for processes in (1, 2):
-        done = run(workspace, words(command), processes)
+        done = run(workspace, words(command, *more), processes)
         assert done.returncode == 0, done.stderr
         document = json.loads(done.stdout)  # one process speaks
         trained = newest_run(workspace, command)

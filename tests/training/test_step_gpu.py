@@ -10,14 +10,14 @@ from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
 pytestmark = pytest.mark.gpu
 
 
-def trainer(workspace, settings, *, graphs, in_batch=False):
+def trainer(workspace, settings, *, graphs, in_batch=False, negatives=0):
     dataset = load_dataset(workspace, ["ring"], "test")
     torch.manual_seed(0)
     device = torch.device("cuda")
     model = build_model("mmm4rec", settings.model, dataset.model_features("mean")).to(device).train()
     sequences = dataset.sequences.to(device)
     targets = sequences.split("leave_one_out").train
-    task = Task("finetune", settings.finetune, targets=targets, in_batch=in_batch)
+    task = Task("finetune", settings.finetune, targets=targets, in_batch=in_batch, negatives=negatives)
     runtime = settings.runtime.model_copy(update={"cuda_graphs": graphs, "precision": "fp32"})
     failed = []
     made = Trainer(model, sequences, task, max_len=6, runtime=runtime, say=failed.append)
@@ -42,6 +42,27 @@ def test_a_recorded_step_has_the_gradients_of_an_unrecorded_one(workspace, make_
         seen.append(gradients)
     for plain, recorded in zip(*seen, strict=True):
         assert float((plain - recorded).norm() / plain.norm()) < 1e-4
+
+
+def test_recorded_steps_of_the_sampled_loss_move_as_unrecorded_ones(workspace, make_domain, small_settings):
+    make_domain(users=200, items=60)
+    still = {"dropout": 0.0, "embedding_dropout": 0.0, "time_dropout": 0.0}
+    settings = small_settings(model=still, finetune={"batch_size": 64, "accumulation": 2, "loss": "sampled"})
+    seen = []
+    for graphs in (False, True):
+        made, order, failed = trainer(workspace, settings, graphs=graphs, negatives=11)
+        made.draws.manual_seed(5)
+        losses = [made.step(group).item() for group in made.groups(order)]
+        assert not failed
+        assert bool(made.gradients.inner._recorded) == graphs
+        seen.append(
+            (losses, made.parameters.values.detach(), *(table.detach() for table in made.tables.tables.values()))
+        )
+    assert seen[1][0] == pytest.approx(seen[0][0], rel=1e-4)
+    for plain, recorded in zip(seen[0][1:], seen[1][1:], strict=True):
+        assert (
+            float((plain - recorded).norm() / plain.norm()) < 1e-2
+        )  # a first step divides small gradients by themselves
 
 
 def test_dropout_draws_anew_at_every_replay(workspace, make_domain, small_settings):
