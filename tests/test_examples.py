@@ -73,14 +73,25 @@ def test_the_comparison_of_the_baselines_ends_in_a_table_with_its_commands(works
 
     script("prepare", workspace.root, "ring", "--encoder", "test", "--out", inputs)
     models = ["gru4rec", "mmm4rec"]
-    small = ["--processes", 1, "--epochs", 1, "--points", 1, "--seconds", 150, "--device", "cpu", "--models", *models]
-    script("run", inputs, "--out", out, *small)
-    script("page", out, "--out", page)
-    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert {(row["model"], row["seed"]) for row in rows} == {(m, s) for m in models for s in (1, 2, 3)}
+    small = ["--processes", 1, "--epochs", 1, "--points", 1, "--device", "cpu", "--models", *models]
+
+    def run(*words: object) -> list[dict[str, object]]:
+        script("run", inputs, "--out", out, "--seconds", 150, *small, *words)
+        return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+    first = run("--seeds", 1)
+    assert [(row["model"], row["seed"]) for row in first] == [(m, 1) for m in models]
+    rows = run("--seeds", 3)
+    assert rows[:2] == first, "what was trained is not trained again"
+    assert [(row["model"], row["seed"]) for row in rows[2:]] == [(m, s) for s in (2, 3) for m in models]
+    script("alone", inputs, "--out", out, "--epochs", 1, "--device", "cpu")
+    script("page", out, "--out", page, "--settings", tmp_path / "tuned")
     text = page.read_text()
     assert all(f"| {name} | 3 |" in text for name in models)
     assert text.count("mmm4rec finetune --domain ring --model") == 2
+    for name in models:
+        tuned = load(tmp_path / "tuned" / f"{name}.toml", model=name)
+        assert (tuned.finetune.lr, tuned.model.max_len, tuned.finetune.metric) == (1e-3, 20, "NDCG@10")
 
 
 @pytest.mark.slow

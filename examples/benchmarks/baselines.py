@@ -3,13 +3,14 @@
     python examples/benchmarks/baselines.py prepare WORKSPACE DOMAIN --out inputs.npz
     python examples/benchmarks/baselines.py run inputs.npz --out results --seconds 400 --processes 12
     python examples/benchmarks/baselines.py alone inputs.npz --out results
-    python examples/benchmarks/baselines.py page results --out docs/baselines.md
+    python examples/benchmarks/baselines.py page results --out docs/baselines.md --settings examples/settings/baselines
 
 `run` needs a machine with torch, and a GPU if it is to be quick; several processes share it. All models get the same
 points of the grid in the same order, then the other seeds at the best point. When the time is over what is there is
 kept: a row a training in `rows.jsonl`, the ranks of all test users beside it; the same command goes on from there, and
 a training that was cut is done again. Points that not every model finished do not count for any. `alone` times an epoch
-of each model at its best point with nothing else on the machine.
+of each model at its best point with nothing else on the GPU; `page` writes the table and each model's best point as a
+settings file.
 """
 
 import argparse
@@ -77,38 +78,46 @@ class Job:
         return f"{self.model}-point{self.point}-seed{self.seed}"
 
 
-def overrides(model: str, point: int) -> list[str]:
-    """What `--set` would be given."""
+def chosen_settings(model: str, point: int) -> dict[str, dict[str, Any]]:
+    """What a point sets, by section and name."""
     lr, dropout, length = GRID[point]
-    chosen: dict[str, Any] = {"model.max_len": length, "model.baseline.attention_dropout": dropout}
-    chosen |= {f"model.{name}": dropout for name in ("dropout", "embedding_dropout", "time_dropout")}
-    chosen |= {"finetune.lr": lr, "finetune.metric": METRIC}
-    chosen |= {f"finetune.{name}": value for name, value in PLAN.items()}
-    if model == "mmm4rec":
-        del chosen["model.baseline.attention_dropout"]
-    return [f"{path}={str(value).lower() if isinstance(value, bool) else value}" for path, value in chosen.items()]
+    dropouts = dict.fromkeys(("dropout", "embedding_dropout", "time_dropout"), dropout)
+    sections: dict[str, dict[str, Any]] = {"model": {"max_len": length, **dropouts}}
+    if model != "mmm4rec":
+        sections["model.baseline"] = {"attention_dropout": dropout}
+    return sections | {"finetune": {"lr": lr, "metric": METRIC, **PLAN}}
 
 
 def settings_of(job: Job) -> Settings:
     """The settings of one training."""
-    return load(overrides=[*overrides(job.model, job.point), f"runtime.seed={job.seed}"], model=job.model)
+    sections = chosen_settings(job.model, job.point)
+    sets = [f"{where}.{name}={_toml(value)}" for where, each in sections.items() for name, value in each.items()]
+    return load(overrides=[*sets, f"runtime.seed={job.seed}"], model=job.model)
 
 
-def command_of(model: str, point: int, domain: str) -> str:
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else json.dumps(value)
+
+
+def settings_file(model: str, point: int, about: str) -> str:
+    """The same as TOML, for `--config`."""
+    lines = [f"# {line}" for line in about.splitlines()]
+    for where, each in chosen_settings(model, point).items():
+        lines += ["", f"[{where}]", *(f"{name} = {_toml(value)}" for name, value in each.items())]
+    return "\n".join(lines) + "\n"
+
+
+def command_of(model: str, domain: str, seeds: Iterable[int]) -> str:
     """The command line that trains this row."""
-    seeds = " ".join(f"--seed {seed}" for seed in SEEDS)
-    sets = " ".join(f"--set {one}" for one in overrides(model, point))
-    return f"mmm4rec finetune --domain {domain} --model {model} --pretrained none {seeds} {sets}"
+    said = " ".join(f"--seed {seed}" for seed in seeds)
+    config = f"--config examples/settings/baselines/{model}.toml"
+    return f"mmm4rec finetune --domain {domain} --model {model} --pretrained none {config} {said}"
 
 
-def prepare(workspace: Workspace, domain: str, encoder: str, out: Path, categories: Path | None) -> None:
+def prepare(workspace: Workspace, domain: str, encoder: str, out: Path) -> None:
     """Put what training needs into one file that numpy alone can read."""
     dataset = load_dataset(workspace, [domain], encoder)
     sequences, features = dataset.sequences, dataset.features
-    named = dataset.categories
-    if categories is not None:
-        by_id = dict(_names(categories))
-        named = [by_id.get(raw) for raw in dataset.raw_item_ids]
     np.savez_compressed(
         out,
         user=sequences.users_of(torch.arange(len(sequences.items_N))).numpy().astype(np.int32),
@@ -118,15 +127,10 @@ def prepare(workspace: Workspace, domain: str, encoder: str, out: Path, categori
         has_text=features.has_text,
         image=features.image.astype(np.float16),
         has_image=features.has_image,
-        about=json.dumps({"domain": domain, "encoder": encoder, "n_users": dataset.n_users, "categories": named}),
+        about=json.dumps(
+            {"domain": domain, "encoder": encoder, "n_users": dataset.n_users, "categories": dataset.categories}
+        ),
     )
-
-
-def _names(path: Path) -> Iterator[tuple[str, list[str]]]:
-    import pyarrow.parquet as pq
-
-    for row in pq.read_table(path, columns=["item_id", "genres"]).to_pylist():
-        yield row["item_id"], [name for name in (row["genres"] or "").split("|") if name]
 
 
 def read_inputs(path: Path) -> Dataset:
@@ -378,36 +382,55 @@ def chosen_points(rows: list[dict[str, Any]], names: Iterable[str]) -> dict[str,
     return chosen
 
 
+def common_seeds(rows: list[dict[str, Any]], chosen: dict[str, int]) -> list[int]:
+    """Seeds that every model finished at its best point; all that occur if these are fewer than three."""
+    mine = [{r["seed"] for r in finished(rows) if r["model"] == n and r["point"] == p} for n, p in chosen.items()]
+    common = set.intersection(*mine)
+    return sorted(common if len(common) >= 3 else set.union(*mine))
+
+
 def page(out: Path) -> str:
-    """The table as Markdown, best first; every row with its command."""
+    """The table as Markdown, best first; every row with its command, and the whole grid."""
     from mmm4rec_cli.evaluation.compare import paired_bootstrap  # needs scipy, which `run` does not
 
     about = json.loads((out / "about.json").read_text())
-    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    names = about["models"]
+    rows = read_rows(out)
+    names, domain = about["models"], about["domain"]
     choice = json.loads((out / "choice.json").read_text())
-    chosen = choice["points"]
-    at_best = {n: [r for r in finished(rows) if r["model"] == n and r["point"] == p] for n, p in chosen.items()}
+    chosen, common = choice["points"], choice["common"]
+    seeds = common_seeds(rows, chosen)
+    at_best = {
+        n: [r for r in finished(rows) if r["model"] == n and r["point"] == p and r["seed"] in seeds]
+        for n, p in chosen.items()
+    }
     ranks = {n: [torch.from_numpy(np.load(out / f"{_name(r)}.npy")) for r in mine] for n, mine in at_best.items()}
     order = sorted(at_best, key=lambda n: -mean(r["test"][METRIC] for r in at_best[n]))
-    machine = next(iter(finished(rows)))
-    points = ", ".join(f"({lr:g}, {dropout:g}, {length})" for lr, dropout, length in GRID)
-    common = choice["common"]
+    lonely = {}
+    if (out / "alone.jsonl").is_file():
+        lonely = {r["model"]: r for r in map(json.loads, (out / "alone.jsonl").read_text().splitlines())}
+    machines = sorted({f"{r['device']} (torch {r['torch']})" for r in finished(rows)})
+    heads = ["model", "seeds", "Hit@10", METRIC, "difference to MMM4Rec", "epochs to best", "seconds to best"]
+    heads += ["seconds an epoch alone", "parameters", "lr, dropout, length"]
     lines = [
         "# The baselines on equal terms",
         "",
-        f"{about['domain']}: every model with the same features of texts and pictures, the same targets and the same "
-        f"ranking (whole catalogue, seen items not masked). Tuned by validation {METRIC} of seed {SEEDS[0]} over the "
-        f"{len(common)} points that every model finished of (learning rate, dropout, length): {points}; finished: "
-        f"{', '.join(map(str, common))} (counted from 0). Sizes, optimiser and weight decay are those of each model's "
-        f"preset; all else is the same: batches of {PLAN['batch_size']}, {PLAN['prefixes']} random targets of each "
-        f"user an epoch, at most {PLAN['epochs']} epochs, patience {PLAN['patience']}. Mean ± standard deviation over "
-        "seeds; the difference to MMM4Rec is that of test NDCG@10, with the 95 % interval of a paired bootstrap over "
-        f"users. Seconds are those to the best epoch, with {about['processes']} trainings at a time on one "
-        f"{machine['device']} (torch {machine['torch']}).",
+        f"{domain}: {about['users']:,} users, {about['items']:,} items. Every model is given the same vectors of texts "
+        "and pictures, the same targets and the same ranking: the whole catalogue, seen items not masked, the last "
+        "interaction of a user for the test, the one before for validation.",
         "",
-        "| model | seeds | Hit@10 | NDCG@10 | difference to MMM4Rec | seconds | parameters | lr, dropout, length |",
-        "|---|---|---|---|---|---|---|---|",
+        f"Tuned by validation {METRIC} of seed {SEEDS[0]} over learning rate, dropout and length: {len(common)} "
+        "points, the same for all. Sizes, optimiser and weight decay are those of each model's published preset. "
+        f"All else is the same: batches of {PLAN['batch_size']}, an epoch of {PLAN['prefixes']} random targets a user, "
+        f"at most {PLAN['epochs']} epochs, patience {PLAN['patience']}, the epoch with the best validation {METRIC}.",
+        "",
+        "Mean ± standard deviation over seeds. The difference to MMM4Rec is that of the test "
+        f"{METRIC} with the 95 % interval of a paired bootstrap over users (each user's value is the mean over seeds). "
+        f"Seconds to the best epoch include the validations; {about['processes']} trainings shared one "
+        f"{' or '.join(machines)}, so the seconds of an epoch with nothing else on that GPU (the median of five) stand "
+        "beside them.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
     ]
     for name in order:
         mine = at_best[name]
@@ -416,19 +439,52 @@ def page(out: Path) -> str:
             found = paired_bootstrap(ranks[name], ranks["mmm4rec"], (10,))[METRIC]
             gap = f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
         lr, dropout, length = GRID[chosen[name]]
-        lines.append(
-            f"| {name} | {len(mine)} | {_spread(mine, 'Hit@10')} | {_spread(mine, METRIC)} | {gap} | "
-            f"{mean(r['seconds_to_best'] for r in mine):.1f} | {mine[0]['parameters']:,} | "
-            f"{lr:g}, {dropout:g}, {length} |"
-        )
+        cells = [name, str(len(mine)), _spread(mine, "Hit@10"), _spread(mine, METRIC), gap]
+        cells += [f"{mean(r['best_epoch'] for r in mine):.0f}", f"{mean(r['seconds_to_best'] for r in mine):.1f}"]
+        cells += [f"{lonely[name]['seconds_an_epoch']:.3f}" if name in lonely else "–", f"{mine[0]['parameters']:,}"]
+        lines.append(f"| {' | '.join([*cells, f'{lr:g}, {dropout:g}, {length}'])} |")
     popular = about["popularity"]
-    lines += [f"| popularity | – | {popular['Hit@10']:.4f} | {popular[METRIC]:.4f} | – | – | – | – |", ""]
+    lines += [f"| popularity | – | {popular['Hit@10']:.4f} | {popular[METRIC]:.4f} |" + " – |" * (len(heads) - 4), ""]
     for name in (n for n in names if n not in chosen):
         why = next((r["error"] for r in rows if r["model"] == name and "error" in r), "the time was over")
-        lines.append(f"{name}: no row, because {why}.")
-    lines += ["", "The command of each row:", "", "```"]
-    lines += [command_of(name, chosen[name], about["domain"]) for name in order]
-    return "\n".join([*lines, "```", ""])
+        lines += [f"{name}: no row, because {why}.", ""]
+    lines += [
+        "## The command of each row",
+        "",
+        "In a clone of this project; the settings files hold each model's best point. A GPU does not add in a fixed "
+        "order everywhere, so figures come back within the deviation between seeds, not digit by digit.",
+        "",
+        "```",
+        *(command_of(name, domain, seeds) for name in order),
+        "```",
+        "",
+        "## The grid",
+        "",
+        f"Validation {METRIC} of seed {SEEDS[0]}; * stopped by the {PLAN['epochs']} epochs, not by patience.",
+        "",
+        f"| model | {' | '.join('{:g}, {:g}, {}'.format(*GRID[p]) for p in common)} |",
+        "|---|" + "---|" * len(common),
+    ]
+    first = {(r["model"], r["point"]): r for r in counted(rows) if r["seed"] == SEEDS[0]}
+    lines += [f"| {name} | {' | '.join(_tried(first[name, p]) for p in common)} |" for name in order]
+    return "\n".join([*lines, ""])
+
+
+def _tried(row: dict[str, Any]) -> str:
+    if row["diverged"]:
+        return "diverged"
+    return f"{row['valid'][METRIC]:.4f}" + ("*" if row["epochs"] == PLAN["epochs"] else "")
+
+
+def settings_files(out: Path, folder: Path) -> None:
+    """Write each model's best point."""
+    about = json.loads((out / "about.json").read_text())
+    choice = json.loads((out / "choice.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, point in choice["points"].items():
+        head = f"Tuned on {about['domain']} over {len(choice['common'])} points by validation {METRIC}.\n"
+        head += "Sizes, optimiser and weight decay stay those of the model's preset."
+        (folder / f"{name}.toml").write_text(settings_file(name, point, head), encoding="utf-8")
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -448,7 +504,6 @@ def main(words: list[str] | None = None) -> None:
     one.add_argument("workspace", type=Path)
     one.add_argument("domain")
     one.add_argument("--encoder", default="own")
-    one.add_argument("--categories", type=Path, help="Parquet with item_id and genres, names parted by |")
     one.add_argument("--out", type=Path, required=True)
     two = commands.add_parser("run")
     two.add_argument("inputs", type=Path)
@@ -471,9 +526,10 @@ def main(words: list[str] | None = None) -> None:
     three = commands.add_parser("page")
     three.add_argument("results", type=Path)
     three.add_argument("--out", type=Path, required=True)
+    three.add_argument("--settings", type=Path, help="folder for a settings file a model")
     args = parser.parse_args(words)
     if args.command == "prepare":
-        prepare(Workspace(args.workspace), args.domain, args.encoder, args.out, args.categories)
+        prepare(Workspace(args.workspace), args.domain, args.encoder, args.out)
     elif args.command == "run":
         run(args.inputs, args.out, args)
     elif args.command == "alone":
@@ -481,6 +537,8 @@ def main(words: list[str] | None = None) -> None:
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(page(args.results), encoding="utf-8")
+        if args.settings is not None:
+            settings_files(args.results, args.settings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Baselines through the same commands as MMM4Rec: train, resume, evaluate, recommend, export, report."""
 
 import json
+import os
+import signal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,10 +14,10 @@ from mmm4rec_cli.data.dataset import load_dataset
 from mmm4rec_cli.data.tables import read_tables, write_tables
 from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
 from mmm4rec_cli.models.registry import MODELS
-from mmm4rec_cli.runs import newest_run
+from mmm4rec_cli.runs import find_run, newest_run, read_weights
 from mmm4rec_cli.settings.schema import Optimisation, Settings
 from mmm4rec_cli.training.finetune import finetune
-from mmm4rec_cli.training.loop import Task, epoch_targets
+from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
 from mmm4rec_cli.training.optimizer import optimizer_of
 from mmm4rec_cli.training.pretrain import pretrain
 
@@ -73,6 +75,39 @@ def test_the_same_seed_gives_the_same_run(workspace, make_domain, small_settings
     assert (
         evaluate_run(workspace, newest_run(workspace, "finetune"), settings)["metrics"] == results[1]["metrics"]["test"]
     )
+
+
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - {"mmm4rec"}))
+def test_an_interrupted_baseline_ends_as_an_uninterrupted_one(
+    workspace, make_domain, small_settings, monkeypatch, model
+):
+    make_domain(users=30)
+    few = {"baseline": {"clusters": 4, "experts": 3, "experts_used": 2}}
+    settings = small_settings(model={**small_settings().model.model_dump(), **few}, finetune={"epochs": 2})
+
+    def train():
+        return find_run(workspace, finetune(workspace, "ring", settings, model=model)["run"])
+
+    step, steps, interrupt_at = Trainer.step, [], -1
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    whole, in_all = train(), len(steps)
+    steps.clear()
+    interrupt_at = in_all // 2 + 1  # the first step of the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    resumed = train()
+    assert len(steps) == in_all > 3
+    assert resumed.path != whole.path
+    old, new = read_weights(whole.weights), read_weights(resumed.weights)
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert resumed.result["metrics"] == whole.result["metrics"]
 
 
 def test_unisrec_takes_its_pretraining_along_but_for_the_id_vectors(workspace, make_domain, small_settings):
