@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from mmm4rec_kernels.backend import availability, interpreting
 from mmm4rec_kernels.conv1d import causal_conv1d
+from mmm4rec_kernels.rows import dropout
 from mmm4rec_kernels.streams import ops
 
 __all__ = ["ComplexMap", "StreamGate", "StreamMaps", "spectral_filter", "stream_stage"]
@@ -99,7 +100,7 @@ def stream_stage(
 def _stage(
     stream_MBHT: torch.Tensor, maps: StreamMaps, gate: StreamGate | None, p: float, training: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    hidden = F.silu(F.linear(F.dropout(stream_MBHT, p, training), maps.in_TT, maps.in_bias_T))
+    hidden = F.silu(F.linear(dropout(stream_MBHT, p, training), maps.in_TT, maps.in_bias_T))
     scale = F.tanhshrink(F.linear(hidden, maps.out_TT, maps.out_bias_T))
     scaled_MBTH = (scale * stream_MBHT).transpose(-1, -2)
     once_NTH = causal_conv1d(scaled_MBTH.flatten(0, 1), maps.conv_in_HK, maps.conv_in_bias_H, activation="silu")
@@ -107,7 +108,7 @@ def _stage(
     w_MBHT = w_NTH.view_as(scaled_MBTH).transpose(-1, -2)
     if gate is None:
         return w_MBHT, None
-    share = torch.sigmoid(F.linear(F.dropout(stream_MBHT, p, training), gate.weight_1T, gate.bias_1))
+    share = torch.sigmoid(F.linear(dropout(stream_MBHT, p, training), gate.weight_1T, gate.bias_1))
     mixed = torch.lerp(w_MBHT, stream_MBHT, share)
     return w_MBHT, F.layer_norm(mixed, mixed.shape[-1:], gate.norm_weight_T, gate.norm_bias_T, gate.eps)
 
