@@ -215,11 +215,13 @@ class CrossSSD(StateSpace):
         self, q_SD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places, rows: Tensor | None = None
     ) -> Tensor:
         """The block's output [S, D], or at some rows alone; its time stream ends here."""
-        projected = CrossProjections(
-            xBdt=self.u_in_proj(u_SD)[None],
-            z=self.z_in_proj(q_SD + u_SD)[None],
-            C=self.q_in_proj(q_SD)[None],
-        )
+        if rows is None:
+            z_SE = self.z_in_proj(q_SD + u_SD)
+        else:
+            # The kernels want a gate for every place; where nobody reads the output, it is closed.
+            z_BE = self.z_in_proj(q_SD.index_select(0, rows) + u_SD.index_select(0, rows))
+            z_SE = z_BE.new_zeros(q_SD.shape[0], z_BE.shape[1]).index_copy(0, rows, z_BE)
+        projected = CrossProjections(xBdt=self.u_in_proj(u_SD)[None], z=z_SE[None], C=self.q_in_proj(q_SD)[None])
         return self.scan(projected, *self._convolution(), self._factor(stream_BHT), places, rows)[0]
 
     def tail(self, q_BJD: Tensor, u_SD: Tensor, u_BD: Tensor, stream_BHT: Tensor | None, places: Places) -> Tensor:

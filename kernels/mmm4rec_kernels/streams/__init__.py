@@ -108,8 +108,8 @@ def _stage(
     w_MBHT = w_NTH.view_as(scaled_MBTH).transpose(-1, -2)
     if gate is None:
         return w_MBHT, None
-    share = torch.sigmoid(F.linear(dropout(stream_MBHT, p, training), gate.weight_1T, gate.bias_1))
-    mixed = torch.lerp(w_MBHT, stream_MBHT, share)
+    share = torch.sigmoid(F.linear(dropout(stream_MBHT, p, training), gate.weight_1T, gate.bias_1)).to(w_MBHT.dtype)
+    mixed = torch.lerp(w_MBHT, stream_MBHT.to(w_MBHT.dtype), share)
     return w_MBHT, F.layer_norm(mixed, mixed.shape[-1:], gate.norm_weight_T, gate.norm_bias_T, gate.eps)
 
 
