@@ -92,7 +92,7 @@ def stream_stage(
     seed = torch.randint(1 << 62, (1,), device=rows.device) if training and p else None
     gates = [] if gate is None else [t.contiguous() for t in gate[:4]]
     eps = 0.0 if gate is None else gate.eps
-    w_NTH, following = ops.stage(rows, [t.contiguous() for t in maps], gates, seed, p, eps)
+    w_NTH, following, _ = ops.stage(rows, [t.contiguous() for t in maps], gates, seed, p, eps)
     w_MBHT = w_NTH.view(streams, users, places, heads).transpose(-1, -2)
     return w_MBHT, None if gate is None else following.view(streams, users, heads, places)
 
@@ -131,7 +131,8 @@ def spectral_filter(streams_MBHT: torch.Tensor, image: ComplexMap, text: Complex
     maps = torch.cat([t.flatten() for part in (image, text, joint) for t in part])
     first = streams_MBHT[0].contiguous()
     last = streams_MBHT[1].contiguous() if len(streams_MBHT) > 1 else None
-    filtered: torch.Tensor = ops.spectral(first, last, maps)
+    filtered: torch.Tensor
+    filtered, _ = ops.spectral(first, last, maps)
     return filtered
 
 
