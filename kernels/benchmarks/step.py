@@ -1,6 +1,6 @@
 """The training step at the published sizes: ours against the naive model, checked before it is timed.
 
-    python kernels/benchmarks/step.py [--out FILE] [--cpu] [--profile]
+    python kernels/benchmarks/step.py [--out FILE] [--cpu] [--profile] [--lengths full|scientific] [--items N ...]
 
 Both train the same synthetic interactions (batch 1024, hidden 256, one layer, text and image vectors 768 wide, TF32
 products, dropout 0.4, NAdam after every micro-batch). `full`: every history fills the 20 places; `scientific`: 8,442
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import roofline
 import torch
 from naive_mmm4rec import NaiveMMM4Rec
 
@@ -120,7 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="the device time of each part, beside its floor")
+    parser.add_argument("--lengths", nargs="+", default=["full", "scientific"], choices=["full", "scientific"])
+    parser.add_argument("--items", nargs="+", type=int, help="catalogues (4385 and 25986; with --cpu 4385)")
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.cpu else "cuda")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -130,11 +133,12 @@ def main() -> None:
         "torch": torch.__version__,
     }
     rows = []
-    for items in (4385,) if arguments.cpu else (4385, 25986):
-        for kind in ("full", "scientific"):
+    catalogues = arguments.items or ([4385] if arguments.cpu else [4385, 25986])
+    for items in catalogues:
+        for kind in arguments.lengths:
             sequences, targets = interactions(8442, items, 59_427, kind == "full")
             lengths = sequences.lengths(targets, 20)
-            if items == 4385:
+            if items == catalogues[0]:
                 histogram = dict(sorted(Counter(lengths.tolist()).items()))
                 print(kind, "window lengths", histogram, "mean", round(float(lengths.double().mean()), 2), flush=True)
             sequences, targets = sequences.to(device), targets.to(device)
@@ -206,16 +210,23 @@ def time_ours(
     if device.type == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["graphs"] = sorted(map(list, trainer.gradients._recorded))
+    if profile:
+        table = roofline.lines(ours, trainer, groups[0][0], device)
+        row["parts"] = table
+        print(f"{'part':48} {'us':>8} {'kernels':>7} {'GFLOP':>7} {'MB':>7} {'floor us':>8} {'share':>6}")
+        for line in table:
+            share = "" if line["share"] is None else f"{line['share']:6.2f}"
+            numbers = f"{line['us']:8.1f} {line['kernels']:7.0f} {line['gflop']:7.1f} {line['mb']:7.1f}"
+            print(f"{line['part']:48} {numbers} {line['floor_us']:8.1f} {share}", flush=True)
     if profile and device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             for group in groups[:10]:
                 trainer.step(group)
             torch.cuda.synchronize()
         events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
-        total = sum(e.self_device_time_total for e in events)
-        print(
-            f"device time a step {total / 10_000:.3f} ms, {sum(e.count for e in events) / 10:.0f} kernels", flush=True
-        )
+        row["device_ms"] = sum(e.self_device_time_total for e in events) / 10_000
+        row["kernels"] = sum(e.count for e in events) / 10
+        print(f"in the graph: device time a step {row['device_ms']:.3f} ms, {row['kernels']:.0f} kernels", flush=True)
         for event in events[:45]:
             print(
                 f"{event.self_device_time_total / 10:8.1f} us {event.count / 10:6.1f} x {event.key[:110]}", flush=True

@@ -1,7 +1,7 @@
 """Scans, convolutions and norms of state-space models, and scores against a table, on whatever machine is at hand.
 
 One public function an operation, each with the same numbers on every backend: `ssd`, `causal_conv1d`, `gated_rms_norm`
-and `ssd_block`, which is all three and what lies between them.
+and `ssd_block`, which is all three and what lies between them; `ssd_block_tail` gives its last places alone.
 What stands between them in a network is `residual_norm`, `hardswish_dropout` and `linear`; beside them, over time
 stamps, `stream_stage` and `spectral_filter`; what stands behind it
 `softmax_cross_entropy`, `lookup`, `sum_by_row` and `compare_counts`. `selective_scan` is
@@ -10,7 +10,7 @@ that of Mamba-1, for models that have it.
 """
 
 from mmm4rec_kernels.backend import Availability, BackendUnavailable, backends
-from mmm4rec_kernels.block import CrossProjections, ssd_block
+from mmm4rec_kernels.block import CrossProjections, ssd_block, ssd_block_tail
 from mmm4rec_kernels.conv1d import causal_conv1d
 from mmm4rec_kernels.norm import gated_rms_norm
 from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm
@@ -41,6 +41,7 @@ __all__ = [
     "spectral_filter",
     "ssd",
     "ssd_block",
+    "ssd_block_tail",
     "stream_stage",
     "sum_by_row",
 ]

@@ -51,6 +51,15 @@ class Windows:
         """Those of its fields that are tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
+    def parts(self, count: int) -> list["Windows"]:
+        """The same in at most so many parts, each with its own number of real places (waits for them)."""
+        whole = (self.items_BT, self.lengths_B, self.timestamps_BT, self.target_B)
+        pieces = zip(*(tensor.chunk(count) for tensor in whole), strict=True)
+        return [
+            Windows(items, lengths, timestamps, target, rows=int(lengths.sum()))
+            for items, lengths, timestamps, target in pieces
+        ]
+
     def among(self, candidate_C: Tensor, own: int) -> "Windows":
         """The same as a part of a larger batch, whose targets are the candidates."""
         return replace(self, candidate_C=candidate_C, own=own)

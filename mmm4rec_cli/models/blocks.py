@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import CausalConv, FourierFilter, TimeFactor
 from mmm4rec_cli.settings.schema import ModelSettings
-from mmm4rec_kernels import CrossProjections, StreamGate, hardswish_dropout, linear, residual_norm, ssd_block
+from mmm4rec_kernels import (
+    CrossProjections,
+    StreamGate,
+    hardswish_dropout,
+    linear,
+    residual_norm,
+    ssd_block,
+    ssd_block_tail,
+)
 
 PARTS = ("weight", "bias")
 
@@ -67,6 +75,7 @@ class StateSpace(nn.Module):
         conv_bias: Tensor,
         w_MBHT: Tensor | None,
         places: Places,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """From the in-projections of n streams to the block's output [n, S, D].
 
@@ -76,6 +85,7 @@ class StateSpace(nn.Module):
             conv_bias: likewise.
             w_MBHT: factor on the step sizes; one stream of it serves all.
             places: where the rows lie.
+            rows: those whose output is wanted, of one stream; None: all.
         """
         streams = (projected.xBdt if isinstance(projected, CrossProjections) else projected).shape[0]
         factor = None
@@ -102,8 +112,46 @@ class StateSpace(nn.Module):
             cu_seqlens=offsets,
             max_length=None if offsets is None else places.length,
         )
+        if rows is not None:
+            normed = normed.view(-1, normed.shape[-1]).index_select(0, rows)
         out: Tensor = self.out_proj(normed)
         return out.view(streams, -1, out.shape[-1])
+
+    def scan_tail(
+        self,
+        projected: CrossProjections,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        w_1BHT: Tensor | None,
+        places: Places,
+    ) -> Tensor:
+        """As `scan` of one stream, at the last places alone, [B, J, D].
+
+        Args:
+            projected: xBdt [S, ...], z [B, J, ...], C [B, J + taps - 1, ...].
+            conv_weight: of the columns x, B, C.
+            conv_bias: likewise.
+            w_1BHT: factor on the step sizes.
+            places: where the rows lie.
+        """
+        assert places.lengths_B is not None
+        out: Tensor = self.out_proj(
+            ssd_block_tail(
+                projected._replace(xBdt=places.grid(projected.xBdt)),
+                places.lengths_B,
+                conv_weight,
+                conv_bias,
+                self.A_log,
+                self.D,
+                self.dt_bias,
+                self.norm.weight,
+                n_groups=self.n_groups,
+                eps=self.eps,
+                time_factor_BLH=None if w_1BHT is None else w_1BHT[0].transpose(-1, -2),
+                skip="dt_x",
+            )
+        )
+        return out
 
 
 class SSD(StateSpace):
@@ -120,13 +168,35 @@ class SSD(StateSpace):
 
     def forward(self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places) -> tuple[Tensor, Tensor | None]:
         """The block's output [n, S, D] and the next time streams."""
-        w_MBHT = following_MBHT = None
-        if self.time is not None and streams_MBHT is not None:
-            norm = self.time_norm
-            gate = StreamGate(self.time_gate.weight, self.time_gate.bias, norm.weight, norm.bias, norm.eps)
-            w_MBHT, following_MBHT = self.time(streams_MBHT, gate)
+        w_MBHT, following_MBHT = self.stage(streams_MBHT)
         out_nSD = self.scan(self.in_proj(u_nSD), self.conv.weight, self.conv.bias, w_MBHT, places)
         return out_nSD, following_MBHT
+
+    def stage(self, streams_MBHT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The factor on the step sizes and the next time streams."""
+        if self.time is None or streams_MBHT is None:
+            return None, None
+        norm = self.time_norm
+        gate = StreamGate(self.time_gate.weight, self.time_gate.bias, norm.weight, norm.bias, norm.eps)
+        staged: tuple[Tensor, Tensor] = self.time(streams_MBHT, gate)
+        return staged
+
+    def tail(self, u_SD: Tensor, w_1BHT: Tensor | None, places: Places, count: int) -> Tensor:
+        """The block's output for one stream at the last `count` places of each user, [B, count, D]."""
+        inner, heads = self.norm.weight.shape[0], self.D.shape[0]
+        states = (self.conv.weight.shape[0] - inner) // 2
+        columns = [inner, inner + states, states, heads]
+        (w_z, w_xB, w_C, w_dt), (b_z, b_xB, b_C, b_dt) = (
+            torch.split(parameter, columns) for parameter in (self.in_proj.weight, self.in_proj.bias)
+        )
+        reach = count + self.conv.weight.shape[1] - 1
+        u_BMD = places.tails(u_SD, reach)
+        projected = CrossProjections(
+            xBdt=linear(u_SD, torch.cat([w_xB, w_dt]), torch.cat([b_xB, b_dt])),
+            z=linear(u_BMD[:, -count:], w_z, b_z),
+            C=linear(u_BMD, w_C, b_C) * places.inside(reach),
+        )
+        return self.scan_tail(projected, self.conv.weight, self.conv.bias, w_1BHT, places)
 
 
 class CrossSSD(StateSpace):
@@ -141,17 +211,44 @@ class CrossSSD(StateSpace):
         self.u_conv = CausalConv(inner + states, config.d_conv)
         self.q_conv = CausalConv(states, config.d_conv)
 
-    def forward(self, q_SD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places) -> Tensor:
-        """The block's output [S, D]; its time stream ends here."""
+    def forward(
+        self, q_SD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places, rows: Tensor | None = None
+    ) -> Tensor:
+        """The block's output [S, D], or at some rows alone; its time stream ends here."""
+        if rows is None:
+            z_SE = self.z_in_proj(q_SD + u_SD)
+        else:
+            # The kernels want a gate for every place; where nobody reads the output, it is closed.
+            z_BE = self.z_in_proj(q_SD.index_select(0, rows) + u_SD.index_select(0, rows))
+            z_SE = z_BE.new_zeros(q_SD.shape[0], z_BE.shape[1]).index_copy(0, rows, z_BE)
+        projected = CrossProjections(xBdt=self.u_in_proj(u_SD)[None], z=z_SE[None], C=self.q_in_proj(q_SD)[None])
+        return self.scan(projected, *self._convolution(), self._factor(stream_BHT), places, rows)[0]
+
+    def tail(self, q_BJD: Tensor, u_SD: Tensor, u_BD: Tensor, stream_BHT: Tensor | None, places: Places) -> Tensor:
+        """The block's output at each user's last place, [B, D].
+
+        Args:
+            q_BJD: the reading stream at as many last places as its convolution has taps.
+            u_SD: the writing stream.
+            u_BD: the same at the last places.
+            stream_BHT: the joint time stream.
+            places: where the rows lie.
+        """
         projected = CrossProjections(
-            xBdt=self.u_in_proj(u_SD)[None],
-            z=self.z_in_proj(q_SD + u_SD)[None],
-            C=self.q_in_proj(q_SD)[None],
+            xBdt=self.u_in_proj(u_SD),
+            z=self.z_in_proj(q_BJD[:, -1:] + u_BD[:, None]),
+            C=self.q_in_proj(q_BJD) * places.inside(q_BJD.shape[1]),
         )
-        conv_weight = torch.cat([self.u_conv.weight, self.q_conv.weight])
-        conv_bias = torch.cat([self.u_conv.bias, self.q_conv.bias])
-        w_1BHT = None if self.time is None or stream_BHT is None else self.time(stream_BHT[None])[0]
-        return self.scan(projected, conv_weight, conv_bias, w_1BHT, places)[0]
+        return self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places)[:, 0]
+
+    def _convolution(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.u_conv.weight, self.q_conv.weight]), torch.cat([self.u_conv.bias, self.q_conv.bias])
+
+    def _factor(self, stream_BHT: Tensor | None) -> Tensor | None:
+        if self.time is None or stream_BHT is None:
+            return None
+        factor: Tensor = self.time(stream_BHT[None])[0]
+        return factor
 
 
 class FeedForward(nn.Module):
@@ -193,17 +290,59 @@ class CrossModalLayer(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, items_nSD: Tensor, streams_MBHT: Tensor | None, places: Places
+        self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """New image [S, D], new text [S, D], new time streams (unfiltered)."""
+        query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places)
+        out_SD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places)
+        return self._joined(out_SD, query_SD, text_SD), text_SD, streams_MBHT
+
+    def last(self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places) -> Tensor:
+        """New image [B, D] at each user's last place, all that a model reads of its last layer.
+
+        Nothing is computed that only other places would need: on the CPU in every block, on a GPU behind the scans,
+        whose kernels give all places.
+        """
+        last_B = places.last_B
+        if image_SD.is_cuda:
+            query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places)
+            out_BD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places, rows=last_B)
+            return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
+        w_MBHT, following_MBHT = self.ssd.stage(streams_MBHT)
+        w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
+        out_SD = self.ssd.scan(
+            self.ssd.in_proj(text_SD)[None], self.ssd.conv.weight, self.ssd.conv.bias, w_text, places
+        )[0]
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
+        count = self.cross_ssd.q_conv.weight.shape[1]
+        out_BJD = self.ssd.tail(image_SD, w_image, places, count)
+        query_BJD = self.image_norm(out_BJD, residual=places.tails(image_SD, count), **drop)
+        text_BD = text_SD.index_select(0, last_B)
+        out_BD = self.cross_ssd.tail(query_BJD, text_SD, text_BD, self._joint(following_MBHT), places)
+        return self._joined(out_BD, query_BJD[:, -1], text_BD)
+
+    def _selves(
+        self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Each stream through the self block and its norm, the text also through its feed-forward."""
+        items_nSD = torch.stack([image_SD, text_SD])
         out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places)
         # Both modalities' residual and norm at once, each with its own weights.
         weight, bias = (torch.stack([getattr(m, k) for m in (self.image_norm, self.text_norm)]) for k in PARTS)
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
         eps = self.image_norm.eps
         query_SD, text_SD = residual_norm(out_nSD, weight, bias, residual=items_nSD, eps=eps, **drop)
-        text_SD = self.text_ffn(text_SD)
-        joint_BHT = None if self.filter is None or streams_MBHT is None else self.filter(streams_MBHT)
-        out_SD = self.cross_ssd(query_SD, text_SD, joint_BHT, places)
-        image_SD = self.image_ffn(self.cross_norm(out_SD, residual=query_SD, other=text_SD, **drop))
-        return image_SD, text_SD, streams_MBHT
+        return query_SD, self.text_ffn(text_SD), streams_MBHT
+
+    def _joint(self, streams_MBHT: Tensor | None) -> Tensor | None:
+        if self.filter is None or streams_MBHT is None:
+            return None
+        joint: Tensor = self.filter(streams_MBHT)
+        return joint
+
+    def _joined(self, out: Tensor, query: Tensor, text: Tensor) -> Tensor:
+        image: Tensor = self.image_ffn(
+            self.cross_norm(out, residual=query, other=text, p=self.dropout, training=self.training)
+        )
+        return image

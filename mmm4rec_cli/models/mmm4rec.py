@@ -19,6 +19,11 @@ from mmm4rec_cli.models.time_stream import ObservedGaps, PublishedGaps
 from mmm4rec_cli.settings.schema import ModelSettings
 from mmm4rec_kernels import Order, lookup, order_of
 
+ROWS_A_PART = 1280
+"""On the CPU: places computed at a time."""
+WORTH_PADDING = 0.6
+"""On the CPU: share of real places from which on leaving padding out costs more than computing it."""
+
 
 class ModalityInput(nn.Module):
     """One modality's items: frozen features, a linear adapter, the item bias, the input norm.
@@ -131,46 +136,65 @@ class MMM4Rec(SequenceModel):
         """
         if items_BL.shape[1] != self.config.max_len:
             raise ValueError(f"items_BL must be [B, {self.config.max_len}] (max_len), got {tuple(items_BL.shape)}")
-        return self._encode(items_BL, lengths_B, timestamps_BL, Places.padded(lengths_B, self.config.max_len))
+        places = Places.padded(lengths_B, self.config.max_len)
+        image_SD, text_SD, streams_MBHT = self._starts(items_BL, lengths_B, timestamps_BL, places)
+        for layer in self.layers:
+            image_SD, text_SD, streams_MBHT = layer(image_SD, text_SD, streams_MBHT, places)
+        user_BD: Tensor = image_SD.index_select(0, places.last_B)
+        return user_BD
 
     def users(self, windows: Windows) -> Tensor:
-        """User vectors [B, D] of windows; where the number of rows is known, padding is not computed."""
-        return self._encode(windows.items_BT, windows.lengths_B, windows.timestamps_BT, self._places(windows))
+        """User vectors [B, D] of windows; what no user vector needs, padding above all, is not computed."""
+        return self._users(windows)
 
     def training_loss(self, windows: Windows, in_batch: bool = False) -> Tensor:
         """As `SequenceModel.training_loss`; with the full loss the catalogue's vectors are made once for both ends."""
         if in_batch:
             return super().training_loss(windows, in_batch)
         vectors = self.image.vectors(), self.text.vectors()
-        places = self._places(windows)
-        user_BD = self._encode(windows.items_BT, windows.lengths_B, windows.timestamps_BT, places, vectors)
+        user_BD = self._users(windows, vectors)
         table_VD = self._fused(*vectors)
         if windows.negative_N is not None:
             return self.sampled_loss(user_BD, table_VD, windows)
         return self.catalogue_loss(user_BD, table_VD, windows.target_B)
 
+    def _users(self, windows: Windows, vectors: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)) -> Tensor:
+        if windows.items_BT.is_cuda or windows.rows is None:
+            return self._last(windows, self._places(windows), vectors)
+        # A part at a time, whose tensors stay in the processor's cache.
+        parts = windows.parts(-(-windows.rows // ROWS_A_PART))
+        return torch.cat([self._last(part, self._places(part), vectors) for part in parts])
+
     def _places(self, windows: Windows) -> Places:
         users, length = windows.items_BT.shape
         if windows.rows is None or windows.rows >= users * length:
             return Places.padded(windows.lengths_B, length)
+        if not windows.items_BT.is_cuda and windows.rows > WORTH_PADDING * users * length:
+            return Places.padded(windows.lengths_B, length)
         return Places.packed(windows.lengths_B, length, windows.rows)
 
-    def _encode(
+    def _last(self, windows: Windows, places: Places, vectors: tuple[Tensor, Tensor] | tuple[None, None]) -> Tensor:
+        starts = self._starts(windows.items_BT, windows.lengths_B, windows.timestamps_BT, places, vectors)
+        for layer in self.layers[:-1]:
+            starts = layer(*starts, places)
+        final = self.layers[-1]
+        assert isinstance(final, CrossModalLayer)
+        user_BD: Tensor = final.last(*starts, places)
+        return user_BD
+
+    def _starts(
         self,
         items_BL: Tensor,
         lengths_B: Tensor,
         timestamps_BL: Tensor,
         places: Places,
         vectors: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Image and text [S, D] and the time streams before the first layer."""
         items_S = places.ids(items_BL)
         order = None if vectors[0] is None else order_of(items_S, len(vectors[0]))
         image_SD, text_SD = self.image(items_S, vectors[0], order), self.text(items_S, vectors[1], order)
-        streams_MBHT = None if self.gaps is None else self._streams(timestamps_BL, lengths_B)
-        for layer in self.layers:
-            image_SD, text_SD, streams_MBHT = layer(torch.stack([image_SD, text_SD]), streams_MBHT, places)
-        user_BD: Tensor = image_SD.index_select(0, places.last_B)
-        return user_BD
+        return image_SD, text_SD, None if self.gaps is None else self._streams(timestamps_BL, lengths_B)
 
     def _streams(self, timestamps_BL: Tensor, lengths_B: Tensor) -> Tensor:
         """Time streams [M, B, H, T] of image and text; without dropout they are equal, and there is one."""

@@ -32,13 +32,15 @@ class Places:
     """For each row its place in the flattened grid [B T], int64; None: the rows are the grid itself."""
     offsets: Tensor | None = None
     """First row of each sequence and, last, S; int32. Behind the users' sequences stand those that fill up S."""
+    lengths_B: Tensor | None = None
+    """Real places of each user, int64."""
 
     @classmethod
     def padded(cls, lengths_B: Tensor, length: int) -> "Places":
         """All T places of every user, padding included: S = B T."""
         users = lengths_B.shape[0]  # len() would be a constant in an exported program
         first_B = torch.arange(users, device=lengths_B.device) * length
-        return cls(users, length, first_B + lengths_B - 1)
+        return cls(users, length, first_B + lengths_B - 1, lengths_B=lengths_B)
 
     @classmethod
     def packed(cls, lengths_B: Tensor, length: int, rows: int) -> "Places":
@@ -63,7 +65,7 @@ class Places:
         # The filling is shorter than the whole, which holds at least one row a user.
         fill_Q = torch.arange(1, (rows - users) // length + 2, device=lengths_B.device) * length
         offsets = torch.cat([starts_B, ends_B[-1:], (ends_B[-1] + fill_Q).clamp(max=rows)])
-        return cls(users, length, ends_B - 1, torch.where(real_S, slot_S, 0), offsets.int())
+        return cls(users, length, ends_B - 1, torch.where(real_S, slot_S, 0), offsets.int(), lengths_B)
 
     def rows(self, grid: Tensor) -> Tensor:
         """[..., B, T, C] to [..., S, C]."""
@@ -80,6 +82,27 @@ class Places:
         if self.offsets is None:
             return streams_nSC.reshape(-1, self.length, streams_nSC.shape[-1])
         return streams_nSC.reshape(1, -1, streams_nSC.shape[-1])
+
+    def tails(self, rows_SC: Tensor, count: int) -> Tensor:
+        """The last `count` places of each user, [B, count, C]; before a user's first place stands any row."""
+        steps = torch.arange(1 - count, 1, device=self.last_B.device)
+        at_BM = (self.last_B[:, None] + steps).clamp(min=0)
+        return rows_SC.index_select(0, at_BM.flatten()).view(self.users, count, -1)
+
+    def inside(self, count: int) -> Tensor:
+        """Which of the last `count` places lie in each user's sequence, bool [B, count, 1]."""
+        assert self.lengths_B is not None
+        back = torch.arange(count, 0, -1, device=self.lengths_B.device)
+        return (back <= self.lengths_B[:, None])[..., None]
+
+    def grid(self, rows_SC: Tensor) -> Tensor:
+        """Rows as [B, T, C]; behind each user's end stands any row."""
+        if self.slot_S is None or self.lengths_B is None:
+            return rows_SC.view(self.users, self.length, -1)
+        first_B = self.last_B - self.lengths_B + 1
+        at_BT = first_B[:, None] + torch.arange(self.length, device=first_B.device)
+        at_BT = at_BT.clamp(max=len(rows_SC) - 1)
+        return rows_SC.index_select(0, at_BT.flatten()).view(self.users, self.length, -1)
 
     def offsets_of(self, streams: int) -> Tensor | None:
         """The offsets of the sequences of n streams, one stream behind the other; None for a grid."""

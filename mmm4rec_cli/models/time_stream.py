@@ -13,6 +13,7 @@ from mmm4rec_kernels import (
     ComplexMap,
     StreamGate,
     StreamMaps,
+    causal_conv1d,
     residual_norm,
     spectral_filter,
     stream_stage,
@@ -27,6 +28,10 @@ class CausalConv(nn.Module):
         bound = 1 / math.sqrt(taps)
         self.weight = nn.Parameter(torch.empty(channels, taps).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        """SiLU of the convolution over L; [B, L, C] in and out."""
+        return causal_conv1d(x_BLC, self.weight, self.bias, activation="silu")
 
 
 class PublishedGaps(nn.Module):

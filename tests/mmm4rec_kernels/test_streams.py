@@ -114,7 +114,7 @@ def test_the_gradient_of_a_stage_sees_the_same_dropout():
     size = rows.numel()
 
     def value(stream):
-        w, following = ops.stage(stream.float(), given[1:9], given[9:], seed, 0.5, 1e-12)
+        w, following, _ = ops.stage(stream.float(), given[1:9], given[9:], seed, 0.5, 1e-12)
         return (w.double() * weights[0]).sum() + (following.double() * weights[1]).sum()
 
     weights = [torch.randn(6, 8, 2).to(rows), torch.randn(6, 2, 8).to(rows)]
@@ -158,7 +158,9 @@ def test_operators_are_well_formed_and_repeat():
     maps = torch.randn(6 * (11 * 11 + 11), device=DEVICE)
     torch.library.opcheck(ops.spectral, (rows, None, maps), test_utils=["test_schema", "test_faketensor"])
     up = torch.randn(70, 20, 2, device=DEVICE)
-    one, two = (ops.stage_backward(up, rows.detach(), rows, *arguments[1:]) for _ in range(2))
+    kept = ops.stage(*arguments)[2]
+    options = (*arguments[1:4], kept, *arguments[4:])
+    one, two = (ops.stage_backward(up, rows.detach(), rows, *options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 

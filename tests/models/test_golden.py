@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmm4rec_cli.data.sequences import Windows
+from mmm4rec_cli.models import mmm4rec
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.models.published import published_name
 from mmm4rec_cli.settings import Settings
@@ -171,15 +172,25 @@ def test_float64_outputs_and_intermediates_equal_the_published_ones(golden, monk
     assert torch.equal(ranks, golden.tensors["out/label_rank0"])
 
 
+def choose_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without padding, with it, or in parts of a few users."""
+    monkeypatch.setattr(mmm4rec, "WORTH_PADDING", {"packed": 1.0, "grid": 0.0, "parts": 0.6}[path])
+    monkeypatch.setattr(mmm4rec, "ROWS_A_PART", 15 if path == "parts" else 1280)
+
+
 @pytest.mark.parametrize("spare", [0, 1, 13])
-def test_without_padding_the_user_vectors_are_the_same(golden, spare):
+@pytest.mark.parametrize("path", ["packed", "grid", "parts"])
+def test_without_what_nobody_reads_the_user_vectors_are_the_same(golden, spare, path, monkeypatch):
+    choose_path(path, monkeypatch)
     model = golden.model(torch.float64).eval()
     with torch.no_grad():
         assert deviation(packed_users(model, golden, spare), golden.tensors["out/seq_output"]) < 1e-9
 
 
-@pytest.mark.parametrize("path", ["padded", "packed"])
-def test_float64_gradients_equal_the_published_ones(golden, path):
+@pytest.mark.parametrize("path", ["padded", "packed", "grid", "parts"])
+def test_float64_gradients_equal_the_published_ones(golden, path, monkeypatch):
+    if path != "padded":
+        choose_path(path, monkeypatch)
     model = golden.model(torch.float64).eval()
     user = model(*golden.inputs()) if path == "padded" else packed_users(model, golden, spare=5)
     losses = outputs(model, golden, user)

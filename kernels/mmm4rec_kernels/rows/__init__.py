@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mmm4rec_kernels.backend import interpreting, runs
 from mmm4rec_kernels.rows import ops
 
-__all__ = ["hardswish_dropout", "linear", "residual_norm"]
+__all__ = ["dropout", "hardswish_dropout", "linear", "residual_norm"]
 
 MAX_WIDTH = 8192
 """Widest row that the kernels take."""
@@ -29,6 +29,16 @@ def _seed(x: torch.Tensor, p: float, training: bool) -> torch.Tensor | None:
     if not training or p == 0:
         return None
     return torch.randint(1 << 62, (1,), device=x.device)
+
+
+def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """Dropout of any tensor; on the CPU from 32 random bits an element, several times faster than torch's own."""
+    if not training or p == 0 or p == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    words = torch.empty(-(-x.numel() // 2), dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int32)[: x.numel()].view(x.shape)
+    keep = bits >= round(p * 2**32) - 2**31
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
 def residual_norm(
@@ -61,7 +71,7 @@ def residual_norm(
         x = x.float()
         residual, other = (t if t is None else t.float() for t in (residual, other))
     if not _by_kernel(x) or x.shape[-1] > MAX_WIDTH:
-        total = F.dropout(x, p, training)
+        total = dropout(x, p, training)
         for added in (residual, other):
             total = total if added is None else total + added
         if weight.dim() == 1:
@@ -81,7 +91,7 @@ def residual_norm(
 def hardswish_dropout(x: torch.Tensor, *, p: float = 0.0, training: bool = False) -> torch.Tensor:
     """Dropout of hardswish(x) = x clip(x + 3, 0, 6) / 6, any shape."""
     if not _by_kernel(x):
-        return F.dropout(F.hardswish(x), p, training)
+        return dropout(F.hardswish(x), p, training)
     result: torch.Tensor = ops.hardswish_forward(x.contiguous(), _seed(x, p, training), p)
     return result
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from mmm4rec_kernels.backend import availability, interpreting
 from mmm4rec_kernels.conv1d import causal_conv1d
+from mmm4rec_kernels.rows import dropout
 from mmm4rec_kernels.streams import ops
 
 __all__ = ["ComplexMap", "StreamGate", "StreamMaps", "spectral_filter", "stream_stage"]
@@ -91,7 +92,7 @@ def stream_stage(
     seed = torch.randint(1 << 62, (1,), device=rows.device) if training and p else None
     gates = [] if gate is None else [t.contiguous() for t in gate[:4]]
     eps = 0.0 if gate is None else gate.eps
-    w_NTH, following = ops.stage(rows, [t.contiguous() for t in maps], gates, seed, p, eps)
+    w_NTH, following, _ = ops.stage(rows, [t.contiguous() for t in maps], gates, seed, p, eps)
     w_MBHT = w_NTH.view(streams, users, places, heads).transpose(-1, -2)
     return w_MBHT, None if gate is None else following.view(streams, users, heads, places)
 
@@ -99,7 +100,7 @@ def stream_stage(
 def _stage(
     stream_MBHT: torch.Tensor, maps: StreamMaps, gate: StreamGate | None, p: float, training: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    hidden = F.silu(F.linear(F.dropout(stream_MBHT, p, training), maps.in_TT, maps.in_bias_T))
+    hidden = F.silu(F.linear(dropout(stream_MBHT, p, training), maps.in_TT, maps.in_bias_T))
     scale = F.tanhshrink(F.linear(hidden, maps.out_TT, maps.out_bias_T))
     scaled_MBTH = (scale * stream_MBHT).transpose(-1, -2)
     once_NTH = causal_conv1d(scaled_MBTH.flatten(0, 1), maps.conv_in_HK, maps.conv_in_bias_H, activation="silu")
@@ -107,8 +108,8 @@ def _stage(
     w_MBHT = w_NTH.view_as(scaled_MBTH).transpose(-1, -2)
     if gate is None:
         return w_MBHT, None
-    share = torch.sigmoid(F.linear(F.dropout(stream_MBHT, p, training), gate.weight_1T, gate.bias_1))
-    mixed = torch.lerp(w_MBHT, stream_MBHT, share)
+    share = torch.sigmoid(F.linear(dropout(stream_MBHT, p, training), gate.weight_1T, gate.bias_1)).to(w_MBHT.dtype)
+    mixed = torch.lerp(w_MBHT, stream_MBHT.to(w_MBHT.dtype), share)
     return w_MBHT, F.layer_norm(mixed, mixed.shape[-1:], gate.norm_weight_T, gate.norm_bias_T, gate.eps)
 
 
@@ -130,7 +131,8 @@ def spectral_filter(streams_MBHT: torch.Tensor, image: ComplexMap, text: Complex
     maps = torch.cat([t.flatten() for part in (image, text, joint) for t in part])
     first = streams_MBHT[0].contiguous()
     last = streams_MBHT[1].contiguous() if len(streams_MBHT) > 1 else None
-    filtered: torch.Tensor = ops.spectral(first, last, maps)
+    filtered: torch.Tensor
+    filtered, _ = ops.spectral(first, last, maps)
     return filtered
 
 

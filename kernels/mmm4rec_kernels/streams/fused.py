@@ -4,9 +4,10 @@
 
 Letters: N rows (streams and users), H heads, T places, F bins, K taps; BR, BT, BF are the sides of tiles. A program
 takes BR rows, in `stage` of one head, so that a convolution over places is a product with a banded matrix that holds
-the head's taps. Everything between reading the rows and writing the results stays in registers, and backward computes
-it again. Products are taken as torch takes its own, but for the Fourier transform, which is always about float32.
-Gradients of parameters are left as one line a program and added in a fixed order: results repeat bit for bit.
+the head's taps. Everything between reading the rows and writing the results stays in registers; what backward would
+need a product to compute again is kept. Products are taken as torch takes its own, but for the Fourier transform,
+which is always about float32. Gradients of parameters are left as one line a program and added in a fixed order:
+results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def stage_forward(
     p_seed,
     p_w,
     p_next,
+    p_kept,
     rows,
     r_row,
     r_head,
@@ -144,6 +146,11 @@ def stage_forward(
     b_u = mul(tanhshrink(b_f) * b_r, banded(p_c1, i_h, T, K, BT), PRECISION) + tl.load(p_d1 + i_h).to(tl.float32)
     b_y = tl.where(m_t, b_u * sigmoid(b_u), 0.0)
     b_v = mul(b_y, banded(p_c2, i_h, T, K, BT), PRECISION) + tl.load(p_d2 + i_h).to(tl.float32)
+    size = tl.cast(rows, tl.int64) * (H * T)
+    tl.store(p_kept + o_element, b_a, mask=mask)
+    tl.store(p_kept + size + o_element, b_f, mask=mask)
+    tl.store(p_kept + 2 * size + o_element, b_u, mask=mask)
+    tl.store(p_kept + 3 * size + o_element, b_v, mask=mask)
     b_w = b_v * sigmoid(b_v)
     tl.store(p_w + (o_r.to(tl.int64)[:, None] * T + o_t[None, :]) * H + i_h, b_w, mask=mask)
     if GATES > 0:
@@ -153,6 +160,7 @@ def stage_forward(
         step = T if GATES > 1 else 0
         unit = 1 if GATES > 1 else 0
         b_gate = sigmoid(mul(b_in, square(p_wg, step, T, BT), PRECISION) + line(p_bg, unit, T, BT)[None, :])
+        tl.store(p_kept + 4 * size + o_element, b_gate, mask=mask)
         b_n = tl.where(m_t, b_w + b_gate * (b_r - b_w), 0.0)
         b_centred = tl.where(m_t, b_n - (tl.sum(b_n, 1) / T)[:, None], 0.0)
         b_scale = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, 1) / T + eps)
@@ -166,17 +174,13 @@ def stage_backward(
     p_dnext,
     p_r,
     p_w1,
-    p_b1,
     p_w2,
-    p_b2,
     p_c1,
-    p_d1,
     p_c2,
-    p_d2,
     p_wg,
-    p_bg,
     p_wn,
     p_seed,
+    p_kept,
     p_dr,
     p_sums,
     rows,
@@ -207,17 +211,19 @@ def stage_backward(
     o_element = (o_r.to(tl.int64) * H + i_h)[:, None] * T + o_t[None, :]
     b_in = b_r
     if p_seed is not None:
-        b_in = b_r * kept(p_seed, o_element, p)
+        b_keep = kept(p_seed, o_element, p)
+        b_in = b_r * b_keep
     b_w1, b_w2 = square(p_w1, T, T, BT), square(p_w2, T, T, BT)
     b_c1, b_c2 = banded(p_c1, i_h, T, K, BT), banded(p_c2, i_h, T, K, BT)
-    b_a = mul(b_in, b_w1, PRECISION) + line(p_b1, 1, T, BT)[None, :]
+    size = tl.cast(rows, tl.int64) * (H * T)
+    b_a = tl.load(p_kept + o_element, mask=mask, other=0.0)
     b_s = b_a * sigmoid(b_a)
-    b_f = mul(b_s, b_w2, PRECISION) + line(p_b2, 1, T, BT)[None, :]
+    b_f = tl.load(p_kept + size + o_element, mask=mask, other=0.0)
     b_g = tanhshrink(b_f)
     b_x = b_g * b_r
-    b_u = mul(b_x, b_c1, PRECISION) + tl.load(p_d1 + i_h).to(tl.float32)
-    b_y = tl.where(m_t, b_u * sigmoid(b_u), 0.0)
-    b_v = mul(b_y, b_c2, PRECISION) + tl.load(p_d2 + i_h).to(tl.float32)
+    b_u = tl.load(p_kept + 2 * size + o_element, mask=mask, other=0.0)
+    b_y = b_u * sigmoid(b_u)
+    b_v = tl.load(p_kept + 3 * size + o_element, mask=mask, other=0.0)
     b_dw = tl.zeros([BR, BT], tl.float32)
     if p_dw is not None:
         o_dw = o_r.to(tl.int64)[:, None] * dw_row + i_h * dw_head + o_t[None, :] * dw_place
@@ -227,11 +233,11 @@ def stage_backward(
         p_gate = p_sums + 2 * T * T + 2 * T + 2 * K + 2
         b_through = b_r
         if p_seed is not None:
-            b_through = b_r * kept(p_seed, o_element + rows * (H * T), p)
+            b_pass = kept(p_seed, o_element + rows * (H * T), p)
+            b_through = b_r * b_pass
         step = T if GATES > 1 else 0
-        unit = 1 if GATES > 1 else 0
         b_wg = square(p_wg, step, T, BT)
-        b_gate = sigmoid(mul(b_through, b_wg, PRECISION) + line(p_bg, unit, T, BT)[None, :])
+        b_gate = tl.load(p_kept + 4 * size + o_element, mask=mask, other=0.0)
         b_w = b_v * sigmoid(b_v)
         b_n = tl.where(m_t, b_w + b_gate * (b_r - b_w), 0.0)
         b_centred = tl.where(m_t, b_n - (tl.sum(b_n, 1) / T)[:, None], 0.0)
@@ -256,7 +262,7 @@ def stage_backward(
             tl.store(p_gate + T, tl.sum(tl.sum(b_dz, 1), 0))
         b_back = mul(b_dz, tl.trans(b_wg), PRECISION)
         if p_seed is not None:
-            b_back *= kept(p_seed, o_element + rows * (H * T), p)
+            b_back *= b_pass
         b_dr += b_back
     p_rest = p_sums + 2 * T * T
     b_dv = b_dw * silu_slope(b_v)
@@ -277,7 +283,7 @@ def stage_backward(
     tl.store(p_rest + o_t, tl.sum(b_da, 0), mask=o_t < T)
     b_back = mul(b_da, tl.trans(b_w1), PRECISION)
     if p_seed is not None:
-        b_back *= kept(p_seed, o_element, p)
+        b_back *= b_keep
     tl.store(p_dr + o_element, b_dr + b_back, mask=mask)
 
 
@@ -331,6 +337,7 @@ def filter_forward(
     p_text,
     p_maps,
     p_out,
+    p_kept,
     rows,
     T: tl.constexpr,
     F: tl.constexpr,
@@ -341,18 +348,29 @@ def filter_forward(
 ):
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_t = tl.arange(0, BT)
+    o_f = tl.arange(0, BF)
     mask = (o_r < rows)[:, None] & (o_t < T)[None, :]
+    m_f = (o_r < rows)[:, None] & (o_f < F)[None, :]
     o_element = o_r.to(tl.int64)[:, None] * T + o_t[None, :]
+    o_bin = o_r.to(tl.int64)[:, None] * F + o_f[None, :]
+    size = tl.cast(rows, tl.int64) * F
     b_cos, b_sin = waves(T, F, BT, BF)
     b_sre = tl.zeros([BR, BF], tl.float32)
     b_sim = tl.zeros([BR, BF], tl.float32)
-    for i_map in tl.static_range(2):
-        p_stream = p_image if i_map == 0 else p_text
+    for i_map in range(2):
+        p_stream = p_image
+        if i_map == 1:
+            p_stream = p_text
         b_r = tl.load(p_stream + o_element, mask=mask, other=0.0).to(tl.float32)
         b_re, b_im = mul(b_r, b_cos, EXACT), mul(b_r, b_sin, EXACT)
         b_real, b_imag, b_low, b_high = pair(p_maps, i_map, F, BF)
         b_cre = mul(b_re, b_real, PRECISION) - mul(b_im, b_imag, PRECISION) + b_low[None, :]
         b_cim = mul(b_re, b_imag, PRECISION) + mul(b_im, b_real, PRECISION) + b_high[None, :]
+        p_here = p_kept + i_map * 4 * size + o_bin
+        tl.store(p_here, b_re, mask=m_f)
+        tl.store(p_here + size, b_im, mask=m_f)
+        tl.store(p_here + 2 * size, b_cre, mask=m_f)
+        tl.store(p_here + 3 * size, b_cim, mask=m_f)
         b_sre += b_cre * b_re - b_cim * b_im
         b_sim += b_cre * b_im + b_cim * b_re
     b_real, b_imag, b_low, b_high = pair(p_maps, 2, F, BF)
@@ -366,11 +384,9 @@ def filter_forward(
 @triton.jit
 def filter_backward(
     p_grad,
-    p_image,
-    p_text,
     p_maps,
-    p_dimage,
-    p_dtext,
+    p_kept,
+    p_dstream,
     p_sums,
     rows,
     T: tl.constexpr,
@@ -380,52 +396,53 @@ def filter_backward(
     BT: tl.constexpr,
     BF: tl.constexpr,
 ):
+    """One stream and its map; with the first stream also the joint map."""
+    i_map = tl.program_id(1)
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_t = tl.arange(0, BT)
+    o_f = tl.arange(0, BF)
     mask = (o_r < rows)[:, None] & (o_t < T)[None, :]
+    m_f = (o_r < rows)[:, None] & (o_f < F)[None, :]
     o_element = o_r.to(tl.int64)[:, None] * T + o_t[None, :]
+    size = tl.cast(rows, tl.int64) * F
+    p_kept += o_r.to(tl.int64)[:, None] * F + o_f[None, :]
     p_sums += tl.program_id(0).to(tl.int64) * 6 * (F * F + F)
     b_cos, b_sin = waves(T, F, BT, BF)
-    b_sre = tl.zeros([BR, BF], tl.float32)
-    b_sim = tl.zeros([BR, BF], tl.float32)
-    for i_map in tl.static_range(2):
-        p_stream = p_image if i_map == 0 else p_text
-        b_r = tl.load(p_stream + o_element, mask=mask, other=0.0).to(tl.float32)
-        b_re, b_im = mul(b_r, b_cos, EXACT), mul(b_r, b_sin, EXACT)
-        b_real, b_imag, b_low, b_high = pair(p_maps, i_map, F, BF)
-        b_cre = mul(b_re, b_real, PRECISION) - mul(b_im, b_imag, PRECISION) + b_low[None, :]
-        b_cim = mul(b_re, b_imag, PRECISION) + mul(b_im, b_real, PRECISION) + b_high[None, :]
-        b_sre += b_cre * b_re - b_cim * b_im
-        b_sim += b_cre * b_im + b_cim * b_re
     b_grad = tl.load(p_grad + o_element, mask=mask, other=0.0).to(tl.float32)
     b_count = both(T, F, BF)[None, :]
     b_djre, b_djim = mul(b_grad, b_cos, EXACT) * b_count, mul(b_grad, b_sin, EXACT) * b_count
-    store_pair(p_sums + 4 * (F * F + F), b_djre, b_djim, b_sre, b_sim, F, BF, PRECISION)
+    if i_map == 0:
+        b_sre = tl.zeros([BR, BF], tl.float32)
+        b_sim = tl.zeros([BR, BF], tl.float32)
+        for i_other in range(2):
+            p_there = p_kept + i_other * 4 * size
+            b_re = tl.load(p_there, mask=m_f, other=0.0)
+            b_im = tl.load(p_there + size, mask=m_f, other=0.0)
+            b_cre = tl.load(p_there + 2 * size, mask=m_f, other=0.0)
+            b_cim = tl.load(p_there + 3 * size, mask=m_f, other=0.0)
+            b_sre += b_cre * b_re - b_cim * b_im
+            b_sim += b_cre * b_im + b_cim * b_re
+        store_pair(p_sums + 4 * (F * F + F), b_djre, b_djim, b_sre, b_sim, F, BF, PRECISION)
     b_real, b_imag, _, _ = pair(p_maps, 2, F, BF)
     b_real, b_imag = tl.trans(b_real), tl.trans(b_imag)
     b_dsre = mul(b_djre, b_real, PRECISION) + mul(b_djim, b_imag, PRECISION)
     b_dsim = mul(b_djim, b_real, PRECISION) - mul(b_djre, b_imag, PRECISION)
-    b_dr = tl.zeros([BR, BT], tl.float32)
-    for i_map in tl.static_range(2):
-        p_stream = p_image if i_map == 0 else p_text
-        b_r = tl.load(p_stream + o_element, mask=mask, other=0.0).to(tl.float32)
-        b_re, b_im = mul(b_r, b_cos, EXACT), mul(b_r, b_sin, EXACT)
-        b_real, b_imag, b_low, b_high = pair(p_maps, i_map, F, BF)
-        b_cre = mul(b_re, b_real, PRECISION) - mul(b_im, b_imag, PRECISION) + b_low[None, :]
-        b_cim = mul(b_re, b_imag, PRECISION) + mul(b_im, b_real, PRECISION) + b_high[None, :]
-        b_dcre = b_dsre * b_re + b_dsim * b_im
-        b_dcim = b_dsim * b_re - b_dsre * b_im
-        store_pair(p_sums + i_map * 2 * (F * F + F), b_dcre, b_dcim, b_re, b_im, F, BF, PRECISION)
-        b_real, b_imag = tl.trans(b_real), tl.trans(b_imag)
-        b_dre = b_dsre * b_cre + b_dsim * b_cim + mul(b_dcre, b_real, PRECISION) + mul(b_dcim, b_imag, PRECISION)
-        b_dim = b_dsim * b_cre - b_dsre * b_cim + mul(b_dcim, b_real, PRECISION) - mul(b_dcre, b_imag, PRECISION)
-        b_back = mul(b_dre, tl.trans(b_cos), EXACT) + mul(b_dim, tl.trans(b_sin), EXACT)
-        if p_dtext is None:
-            b_dr += b_back
-        else:
-            tl.store((p_dimage if i_map == 0 else p_dtext) + o_element, b_back, mask=mask)
-    if p_dtext is None:
-        tl.store(p_dimage + o_element, b_dr, mask=mask)
+    p_here = p_kept + i_map * 4 * size
+    b_re = tl.load(p_here, mask=m_f, other=0.0)
+    b_im = tl.load(p_here + size, mask=m_f, other=0.0)
+    b_dcre = b_dsre * b_re + b_dsim * b_im
+    b_dcim = b_dsim * b_re - b_dsre * b_im
+    store_pair(p_sums + i_map * 2 * (F * F + F), b_dcre, b_dcim, b_re, b_im, F, BF, PRECISION)
+    b_cre = tl.load(p_here + 2 * size, mask=m_f, other=0.0)
+    b_cim = tl.load(p_here + 3 * size, mask=m_f, other=0.0)
+    b_real, b_imag, _, _ = pair(p_maps, i_map, F, BF)
+    b_real, b_imag = tl.trans(b_real), tl.trans(b_imag)
+    b_dre = b_dsre * b_cre + b_dsim * b_cim
+    b_dre += mul(b_dcre, b_real, PRECISION) + mul(b_dcim, b_imag, PRECISION)
+    b_dim = b_dsim * b_cre - b_dsre * b_cim
+    b_dim += mul(b_dcim, b_real, PRECISION) - mul(b_dcre, b_imag, PRECISION)
+    b_back = mul(b_dre, tl.trans(b_cos), EXACT) + mul(b_dim, tl.trans(b_sin), EXACT)
+    tl.store(p_dstream + i_map * tl.cast(rows, tl.int64) * T + o_element, b_back, mask=mask)
 
 
 def _tile(places: int) -> int:
@@ -439,11 +456,12 @@ def stage(
     seed: torch.Tensor | None,
     p: float,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor [N, T, H] and, with a gate, the next stream [N, H, T] (else empty) of a stream [N, H, T]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factor [N, T, H] and, with a gate, the next stream [N, H, T] (else empty), and what backward needs."""
     rows, heads, places = stream.shape
     w = torch.empty(rows, places, heads, dtype=torch.float32, device=stream.device)
     following = w.new_empty(rows, heads, places) if gate else w.new_empty(0)
+    kept_here = w.new_empty(5 if gate else 4, rows, heads, places)
     if rows:
         stage_forward[(triton.cdiv(rows, ROWS), heads)](
             stream,
@@ -452,6 +470,7 @@ def stage(
             seed,
             w,
             following if gate else None,
+            kept_here,
             rows,
             stream.stride(0),
             stream.stride(1),
@@ -466,7 +485,7 @@ def stage(
             BT=_tile(places),
             num_warps=WARPS,
         )
-    return w, following
+    return w, following, kept_here
 
 
 def stage_gradients(
@@ -476,6 +495,7 @@ def stage_gradients(
     parameters: list[torch.Tensor],
     gate: list[torch.Tensor],
     seed: torch.Tensor | None,
+    kept_there: torch.Tensor,
     p: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -498,9 +518,10 @@ def stage_gradients(
             d_w,
             d_next if gates else None,
             stream,
-            *parameters,
-            *(gate[:3] if gates else (None,) * 3),
+            *parameters[::2],
+            *((gate[0], gate[2]) if gates else (None, None)),
             seed,
+            kept_there,
             d_stream,
             sums,
             rows,
@@ -525,17 +546,22 @@ def stage_gradients(
     return d_stream, torch.cat([of_all[:shared], of_heads[:, shared:ends].T.flatten(), of_all[ends:]])
 
 
-def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor:
-    """The joint stream [..., T] of two contiguous ones (or of one in both places); maps as `filter_maps`."""
+def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The joint stream [..., T] of two contiguous ones (or of one in both places), and what backward needs.
+
+    The maps stand one behind the other, each as its real and imaginary matrix and both biases.
+    """
     places = image.shape[-1]
     rows, bins = image.numel() // places, places // 2 + 1
     out = torch.empty(image.shape, dtype=torch.float32, device=image.device)
+    kept_here = out.new_empty(2, 4, rows, bins)
     if rows:
         filter_forward[(triton.cdiv(rows, ROWS),)](
             image,
             image if text is None else text,
             maps,
             out,
+            kept_here,
             rows,
             T=places,
             F=bins,
@@ -545,27 +571,24 @@ def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor)
             BF=_tile(bins),
             num_warps=WARPS,
         )
-    return out
+    return out, kept_here
 
 
 def spectral_gradients(
-    grad: torch.Tensor, image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of both streams (the second empty if there is one) and of the maps."""
-    places = image.shape[-1]
-    rows, bins = image.numel() // places, places // 2 + 1
-    d_image = torch.empty(image.shape, dtype=torch.float32, device=image.device)
-    d_text = d_image.new_empty(0) if text is None else torch.empty_like(d_image)
+    grad: torch.Tensor, kept_there: torch.Tensor, maps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of both streams [2, ..., T], and of the maps."""
+    places = grad.shape[-1]
+    rows, bins = kept_there.shape[2:]
+    d_streams = torch.empty(2, *grad.shape, dtype=torch.float32, device=grad.device)
     programs = triton.cdiv(rows, ROWS)
-    sums = d_image.new_empty(programs, maps.numel())
+    sums = d_streams.new_empty(programs, maps.numel())
     if rows:
-        filter_backward[(programs,)](
+        filter_backward[(programs, 2)](
             grad.contiguous(),
-            image,
-            image if text is None else text,
             maps,
-            d_image,
-            None if text is None else d_text,
+            kept_there,
+            d_streams,
             sums,
             rows,
             T=places,
@@ -576,4 +599,4 @@ def spectral_gradients(
             BF=_tile(bins),
             num_warps=WARPS,
         )
-    return d_image, d_text, sums.sum(0)
+    return d_streams, sums.sum(0)

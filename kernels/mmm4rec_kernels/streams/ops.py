@@ -18,8 +18,8 @@ def stage(
     seed: torch.Tensor | None,
     p: float,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor [N, T, H] and, with a gate, the next stream [N, H, T] (else empty)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factor [N, T, H]; with a gate, the next stream [N, H, T] (else empty); what backward needs [4 or 5, N, H, T]."""
     from mmm4rec_kernels.streams import fused
 
     return fused.stage(stream, parameters, gate, seed, p, eps)
@@ -28,10 +28,11 @@ def stage(
 @stage.register_fake
 def _stage_shapes(
     stream: torch.Tensor, parameters: list[torch.Tensor], gate: list[torch.Tensor], *arguments: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, heads, places = stream.shape
     w = stream.new_empty(rows, places, heads, dtype=torch.float32)
-    return w, w.new_empty(rows, heads, places) if gate else w.new_empty(0)
+    following = w.new_empty(rows, heads, places) if gate else w.new_empty(0)
+    return w, following, w.new_empty(5 if gate else 4, rows, heads, places)
 
 
 @torch.library.custom_op("mmm4rec_kernels::stream_stage_backward", mutates_args=())
@@ -42,6 +43,7 @@ def stage_backward(
     parameters: list[torch.Tensor],
     gate: list[torch.Tensor],
     seed: torch.Tensor | None,
+    kept: torch.Tensor,
     p: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +51,7 @@ def stage_backward(
     from mmm4rec_kernels.streams import fused
 
     d_next = d_next if d_next is None else d_next.contiguous()
-    return fused.stage_gradients(d_w, d_next, stream, parameters, gate, seed, p, eps)
+    return fused.stage_gradients(d_w, d_next, stream, parameters, gate, seed, kept, p, eps)
 
 
 @stage_backward.register_fake
@@ -65,21 +67,22 @@ def _stage_backward_shapes(
     return stream.new_empty(stream.shape, dtype=torch.float32), stream.new_empty(size, dtype=torch.float32)
 
 
-def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     stream, parameters, gate, seed, ctx.p, ctx.eps = inputs
     ctx.set_materialize_grads(False)
     ctx.gates = len(gate)
-    if not gate:
-        ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(stream, seed, *parameters, *gate)
+    ctx.mark_non_differentiable(*(output[2:] if gate else output[1:]))
+    ctx.save_for_backward(stream, seed, output[2], *parameters, *gate)
 
 
-def _backward_stage(ctx: Any, d_w: torch.Tensor | None, d_next: torch.Tensor | None) -> tuple[Any, ...]:
-    stream, seed, *given = ctx.saved_tensors
+def _backward_stage(
+    ctx: Any, d_w: torch.Tensor | None, d_next: torch.Tensor | None, _: torch.Tensor | None
+) -> tuple[Any, ...]:
+    stream, seed, kept, *given = ctx.saved_tensors
     parameters, gate = given[:8], given[8:]
     if d_w is None and d_next is None:
         return None, [None] * 8, [None] * ctx.gates, None, None, None
-    d_stream, flat = stage_backward(d_w, d_next, stream, parameters, gate, seed, ctx.p, ctx.eps)
+    d_stream, flat = stage_backward(d_w, d_next, stream, parameters, gate, seed, kept, ctx.p, ctx.eps)
     w1, b1, w2, b2, c1, d1, c2, d2 = parameters
     order = [w1, w2, b1, b2, c1, d1, c2, d2, *(gate if d_next is not None else [])]
     parts = torch.split(flat, [t.numel() for t in order])
@@ -96,45 +99,52 @@ stage.register_autograd(_backward_stage, setup_context=_save_stage)
 
 
 @torch.library.custom_op("mmm4rec_kernels::spectral_filter", mutates_args=())
-def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor:
-    """The joint stream [..., T]."""
+def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The joint stream [..., T], and what backward needs [2, 4, N, F]."""
     from mmm4rec_kernels.streams import fused
 
     return fused.spectral(image, text, maps)
 
 
 @spectral.register_fake
-def _spectral_shape(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor:
-    return image.new_empty(image.shape, dtype=torch.float32)
+def _spectral_shapes(
+    image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = image.new_empty(image.shape, dtype=torch.float32)
+    places = image.shape[-1]
+    return out, out.new_empty(2, 4, image.numel() // places, places // 2 + 1)
 
 
 @torch.library.custom_op("mmm4rec_kernels::spectral_filter_backward", mutates_args=())
-def spectral_backward(
-    grad: torch.Tensor, image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of both streams (the second empty if there is one) and of the maps."""
+def spectral_backward(grad: torch.Tensor, kept: torch.Tensor, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of both streams [2, ..., T], and of the maps."""
     from mmm4rec_kernels.streams import fused
 
-    return fused.spectral_gradients(grad, image, text, maps)
+    return fused.spectral_gradients(grad, kept, maps)
 
 
 @spectral_backward.register_fake
 def _spectral_backward_shapes(
-    grad: torch.Tensor, image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    d_image = image.new_empty(image.shape, dtype=torch.float32)
-    d_text = d_image.new_empty(0 if text is None else text.shape)
-    return d_image, d_text, maps.new_empty(maps.shape, dtype=torch.float32)
+    grad: torch.Tensor, kept: torch.Tensor, maps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    d_streams = grad.new_empty(2, *grad.shape, dtype=torch.float32)
+    return d_streams, maps.new_empty(maps.shape, dtype=torch.float32)
 
 
-def _save_spectral(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_spectral(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    image, text, maps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtypes = image.dtype, None if text is None else text.dtype
+    ctx.save_for_backward(output[1], maps)
 
 
-def _backward_spectral(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    image, text, maps = ctx.saved_tensors
-    d_image, d_text, d_maps = spectral_backward(grad, image, text, maps)
-    return d_image.to(image.dtype), None if text is None else d_text.to(text.dtype), d_maps.to(maps.dtype)
+def _backward_spectral(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    kept, maps = ctx.saved_tensors
+    d_streams, d_maps = spectral_backward(grad, kept, maps)
+    dtype, other = ctx.dtypes
+    if other is None:
+        return d_streams.sum(0).to(dtype), None, d_maps.to(maps.dtype)
+    return d_streams[0].to(dtype), d_streams[1].to(other), d_maps.to(maps.dtype)
 
 
 spectral.register_autograd(_backward_spectral, setup_context=_save_spectral)

@@ -1,0 +1,75 @@
+"""The block's last places alone against the whole block. Letters as in `ssd_block_tail`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmm4rec_kernels import CrossProjections, ssd_block, ssd_block_tail
+
+E, H, G, N, K = 12, 4, 2, 3, 4
+Q = G * N
+
+
+def block_inputs(lengths: list[int], length: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    shapes = [
+        (len(lengths), length, E + Q + H),
+        (len(lengths), length, E),
+        (len(lengths), length, Q),
+        (len(lengths), length, H),
+        (E + 2 * Q, K),
+        (E + 2 * Q,),
+        (H,),
+        (H,),
+        (H,),
+        (E,),
+    ]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def last(rows: torch.Tensor, lengths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows at the last places [B, count, C], and which of them are real."""
+    place = lengths[:, None] - count + torch.arange(count)
+    inside = (place >= 0)[..., None]
+    return rows[torch.arange(len(rows))[:, None], place.clamp(min=0)], inside
+
+
+@pytest.mark.parametrize("skip", ["x", "dt_x"])
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("length", [2, 9])
+def test_the_last_places_and_all_gradients_equal_those_of_the_whole_block(length, count, skip):
+    lengths = torch.tensor([1, length, max(1, length - 2), 2])
+    xBdt, z, C, factor, *parameters = given = block_inputs(lengths.tolist(), length)
+    options = {"n_groups": G, "eps": 1e-6, "time_factor_BLH": factor, "skip": skip}
+    whole = ssd_block(CrossProjections(xBdt, z, C), *parameters, **options, lengths=lengths)
+    want, inside = last(whole, lengths, count)
+    z_tail, _ = last(z, lengths, count)
+    C_tail, reached = last(C, lengths, count + K - 1)
+    projected = CrossProjections(xBdt, z_tail, C_tail * reached)
+    got = ssd_block_tail(projected, lengths, *parameters, **options)
+    torch.testing.assert_close(got * inside, want * inside, rtol=1e-10, atol=1e-10)
+    up = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * inside
+    for one, other in zip(torch.autograd.grad(got, given, up), torch.autograd.grad(want, given, up), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_digits_survive_behind_a_very_negative_decay():
+    lengths = torch.tensor([12])
+    given = [t.detach().float() for t in block_inputs([12], 12)]
+    xBdt, z, C, _, *parameters = given
+    xBdt[0, 3, -H:] = 300.0
+    options = {"n_groups": G, "eps": 1e-6}
+    want = ssd_block(
+        CrossProjections(*(t.double() for t in (xBdt, z, C))), *(p.double() for p in parameters), **options
+    )
+    got = ssd_block_tail(CrossProjections(xBdt, z[:, -1:], C[:, -K:]), lengths, *parameters, **options)
+    torch.testing.assert_close(got.double(), want[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_projections_of_other_places_are_refused():
+    xBdt, z, C, _, *parameters = (t.detach() for t in block_inputs([3, 3], 3))
+    with pytest.raises(ValueError, match=r"projected\.C: .*J \+ K - 1"):
+        ssd_block_tail(
+            CrossProjections(xBdt, z[:, -1:], C[:, -1:]), torch.tensor([3, 3]), *parameters, n_groups=G, eps=1e-6
+        )
