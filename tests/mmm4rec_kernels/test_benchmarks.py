@@ -26,7 +26,9 @@ def rows(page):
 
 
 def test_the_page_is_made_of_the_rows(page, rows):
-    assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == page.page(rows)
+    assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == page.page(
+        rows, page.beside(ROOT / crossovers.SOURCE)
+    )
 
 
 def test_auto_takes_what_was_fastest(rows):
@@ -57,7 +59,7 @@ def test_ratios_are_taken_within_one_process(page):
         for form, peer, us in (("triton", "triton", 10.0), ("triton", "naive", 20.0), ("naive", "naive", 100.0))
     ]
     assert page.ratio(rows, rows[2], "us") == 5
-    (line,) = [goal for goal in (judge(rows) for judge in page.GOALS) if goal and goal[1] == "≥ 10 × naive"]
+    (line,) = [goal for goal in (judge(rows) for judge in page.GOALS) if goal[1] == "≥ 10 × naive"]
     assert line[2:] == ["5.0 ×", "1.0 ×", "no: 0.50 of the goal"]
 
 
@@ -68,6 +70,7 @@ def test_rows_that_failed_are_kept_on_the_page(page):
         about | shape | {"form": "naive", "peer": "naive", "direction": "forward+backward", "error": "out of memory"},
         about | {"operation": "ssd", "form": "simple_gla", "peer": "fla", "error": "missing: no module"},
     ]
-    made = page.page(rows)
+    made = page.page(rows, {"older.jsonl": [about | shape | {"form": "slow", "direction": "forward", "us": 7.0}]})
+    assert "| `ssd` | slow | 8 × 4096 | tf32 | 7 | – | c |" in made
     assert "out of memory" in made
     assert "Not there: simple_gla: missing: no module" in made
