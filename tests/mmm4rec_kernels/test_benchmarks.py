@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from mmm4rec_kernels import crossovers
+from mmm4rec_kernels import crossovers, ssd, ssd_block
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def page():
-    spec = importlib.util.spec_from_file_location("page", ROOT / "kernels" / "benchmarks" / "page.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "kernels" / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def page():
+    return load("page")
+
+
+@pytest.mark.parametrize("scan", ["naive_scan", "quadratic_scan"])
+def test_the_plain_forms_mean_the_same(scan):
+    peers = load("peers")
+    torch.manual_seed(0)
+    heads, width, state, time = (torch.randn(2, 9, peers.H, n) for n in (1, peers.P, peers.N, 1))
+    inputs = {"x": width, "dt": heads[..., 0], "A": -torch.rand(peers.H) * 15, "B": state, "C": torch.randn_like(state)}
+    inputs |= {"D": torch.randn(peers.H), "dt_bias": torch.randn(peers.H) - 3}
+    form = getattr(peers, scan)
+    torch.testing.assert_close(form(**inputs), ssd(**inputs, backend="reference"), rtol=1e-4, atol=1e-4)
+    channels = peers.E + 2 * peers.GN
+    block = {
+        "projected": torch.randn(2, 9, peers.E + channels + peers.H),
+        "conv_weight_CK": torch.randn(channels, peers.K) / 2,
+        "conv_bias_C": torch.randn(channels),
+        "A_log_H": torch.randn(peers.H),
+        "D_H": torch.randn(peers.H),
+        "dt_bias_H": torch.randn(peers.H) - 3,
+        "norm_weight_E": torch.randn(peers.E),
+        "time_factor_BLH": time[..., 0],
+    }
+    expected = ssd_block(**block, n_groups=peers.H, eps=peers.EPS, skip="x", backend="reference")
+    torch.testing.assert_close(peers.chain(form)(**block), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
