@@ -16,6 +16,8 @@ ROWS = Path(__file__).parent / "results" / "h200_kernels.jsonl"
 FORWARD, BOTH = "forward", "forward+backward"
 COMMAND = "python kernels/benchmarks/run.py --out kernels/benchmarks/results/h200_kernels.jsonl"
 OURS = "triton"
+PEERS = ("naive", "compiled", "mamba-ssm", "simple_gla", "causal-conv1d")
+"""What the names of the peers' forms begin with."""
 TITLES = {
     "ssd": "The scan: `ssd`",
     "causal_conv1d": "The convolution: `causal_conv1d`",
@@ -130,36 +132,38 @@ def times(rows: list[Row], operation: str, batch: int, length: int, products: st
 
 def at_most(
     operation: str, batch: int, length: int, products: str, direction: str, bound: Callable[[Row], float], said: str
-) -> Callable[[list[Row]], list[str] | None]:
+) -> Callable[[list[Row]], list[str]]:
     """A goal on our own time."""
 
-    def judge(rows: list[Row]) -> list[str] | None:
+    def judge(rows: list[Row]) -> list[str]:
         found = [row for row in times(rows, operation, batch, length, products, direction) if row["form"] == OURS]
-        own = next((row for row in found if row["peer"] == OURS), found[0] if found else None)
-        if own is None or "us" not in own:
-            return None
         what = f"`{operation}` {batch} × {length}, {products}, {direction}"
+        own = next((row for row in found if row["peer"] == OURS and "us" in row), None)
+        own = own or next((row for row in found if "us" in row), None)
+        if own is None:
+            return [what, said, "–", "–", "not measured"]
         met = "yes" if own["us"] <= bound(own) else f"no: {own['us'] / bound(own):.1f} × the goal"
-        return [what, said, f"{own['us']:.0f} µs", "", met]
+        return [what, said, f"{own['us']:.0f} µs", number(own.get("call_us")), met]
 
     return judge
 
 
-def faster(length: int, batch: int, peer: str, factor: float) -> Callable[[list[Row]], list[str] | None]:
+def faster(length: int, batch: int, peer: str, factor: float) -> Callable[[list[Row]], list[str]]:
     """A goal on the scan's ratio to the best form of a peer."""
 
-    def judge(rows: list[Row]) -> list[str] | None:
+    def judge(rows: list[Row]) -> list[str]:
         found = [row for row in times(rows, "ssd", batch, length, "tf32", BOTH) if row["form"].startswith(peer)]
         found = [row for row in found if row.get("call_us")]
+        what = f"`ssd` {batch} × {length}, tf32, {BOTH}"
         if not found:
-            return None
+            return [what, f"≥ {factor:g} × {peer}", "–", "–", "not measured"]
         parts, best = [], 0.0
         for field in ("us", "call_us"):
             ratios = [r for row in found if (r := ratio(rows, row, field)) is not None]
             parts.append(f"{min(ratios):.1f} ×" if ratios else "–")
             best = best or (min(ratios) if ratios else 0.0)
         met = "yes" if best >= factor else f"no: {best / factor:.2f} of the goal"
-        return [f"`ssd` {batch} × {length}, tf32, {BOTH}", f"≥ {factor:g} × {peer}", parts[0], parts[1], met]
+        return [what, f"≥ {factor:g} × {peer}", parts[0], parts[1], met]
 
     return judge
 
@@ -181,10 +185,30 @@ GOALS = (
 )
 
 
-def page(rows: list[Row]) -> str:
-    """The whole page."""
+def other_runs(rows: Iterable[Row]) -> Iterator[str]:
+    """Rows of other files, a line for each form at one shape."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        shape = f"{row['batch']} × {row['length']}"
+        if row["length"] is None:
+            shape = f"{row['batch']:,} packed, {row['packed_places']:,} places, at most {row['max_length']}"
+        of = f"{row['commit']}, call {row['call']}" if "call" in row else row["commit"]
+        key = (f"`{row['operation']}`", row["form"], shape, row["products"], of)
+        found.setdefault(key, {})[row.get("direction", BOTH)] = row
+    lines = []
+    for (*parts, of), both in found.items():
+        times = [both.get(direction, {}).get("us") for direction in (FORWARD, BOTH)]
+        if any(times):
+            lines.append([*parts, *map(number, times), of])
+    yield from table(("operation", "form", "shape", "products", "forward", "both", "commit"), lines)
+
+
+def page(rows: list[Row], others: dict[str, list[Row]]) -> str:
+    """The whole page: of the rows, and of other files' rows by the name of the file."""
     about = {name: sorted({row[name] for row in rows}) for name in ("device", "commit", "torch", "triton")}
     missing = sorted({f"{row['form']}: {row['error']}" for row in rows if "batch" not in row})
+    unseen = [peer for peer in PEERS if not any(row["form"].startswith(peer) for row in rows)]
+    missing += [f"no rows of {', '.join(unseen)} yet"] if unseen else []
     lines = [
         "# Kernels, measured",
         "",
@@ -208,13 +232,26 @@ def page(rows: list[Row]) -> str:
         "",
         *table(
             ("what", "goal", "device", "as called", "met on the device"),
-            [line for goal in GOALS if (line := goal(rows)) is not None],
+            (goal(rows) for goal in GOALS),
         ),
     ]
     for operation, title in TITLES.items():
         lines += [f"## {title}", "", *measured(rows, operation)]
+    for name, found in others.items():
+        lines += [f"## Other runs: {name}", "", *other_runs(found)]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def beside(path: Path) -> dict[str, list[Row]]:
+    """Rows on the same operations in the files beside one, by their names."""
+    found = {}
+    for other in sorted(path.parent.glob("*.jsonl")):
+        rows = [row for row in read(other) if row.get("operation") in TITLES and "products" in row]
+        if other != path and rows:
+            found[other.name] = rows
+    return found
+
+
 if __name__ == "__main__":
-    sys.stdout.write(page(read(Path(sys.argv[1]) if len(sys.argv) > 1 else ROWS)))
+    chosen = Path(sys.argv[1]) if len(sys.argv) > 1 else ROWS
+    sys.stdout.write(page(read(chosen), beside(chosen)))

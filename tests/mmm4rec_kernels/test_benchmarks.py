@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from mmm4rec_kernels import crossovers
+from mmm4rec_kernels import crossovers, ssd, ssd_block
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def page():
-    spec = importlib.util.spec_from_file_location("page", ROOT / "kernels" / "benchmarks" / "page.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "kernels" / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def page():
+    return load("page")
+
+
+@pytest.mark.parametrize("scan", ["naive_scan", "quadratic_scan"])
+def test_the_plain_forms_mean_the_same(scan):
+    peers = load("peers")
+    torch.manual_seed(0)
+    heads, width, state, time = (torch.randn(2, 9, peers.H, n) for n in (1, peers.P, peers.N, 1))
+    inputs = {"x": width, "dt": heads[..., 0], "A": -torch.rand(peers.H) * 15, "B": state, "C": torch.randn_like(state)}
+    inputs |= {"D": torch.randn(peers.H), "dt_bias": torch.randn(peers.H) - 3}
+    form = getattr(peers, scan)
+    torch.testing.assert_close(form(**inputs), ssd(**inputs, backend="reference"), rtol=1e-4, atol=1e-4)
+    channels = peers.E + 2 * peers.GN
+    block = {
+        "projected": torch.randn(2, 9, peers.E + channels + peers.H),
+        "conv_weight_CK": torch.randn(channels, peers.K) / 2,
+        "conv_bias_C": torch.randn(channels),
+        "A_log_H": torch.randn(peers.H),
+        "D_H": torch.randn(peers.H),
+        "dt_bias_H": torch.randn(peers.H) - 3,
+        "norm_weight_E": torch.randn(peers.E),
+        "time_factor_BLH": time[..., 0],
+    }
+    expected = ssd_block(**block, n_groups=peers.H, eps=peers.EPS, skip="x", backend="reference")
+    torch.testing.assert_close(peers.chain(form)(**block), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +57,9 @@ def rows(page):
 
 
 def test_the_page_is_made_of_the_rows(page, rows):
-    assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == page.page(rows)
+    assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == page.page(
+        rows, page.beside(ROOT / crossovers.SOURCE)
+    )
 
 
 def test_auto_takes_what_was_fastest(rows):
@@ -57,7 +90,7 @@ def test_ratios_are_taken_within_one_process(page):
         for form, peer, us in (("triton", "triton", 10.0), ("triton", "naive", 20.0), ("naive", "naive", 100.0))
     ]
     assert page.ratio(rows, rows[2], "us") == 5
-    (line,) = [goal for goal in (judge(rows) for judge in page.GOALS) if goal and goal[1] == "≥ 10 × naive"]
+    (line,) = [goal for goal in (judge(rows) for judge in page.GOALS) if goal[1] == "≥ 10 × naive"]
     assert line[2:] == ["5.0 ×", "1.0 ×", "no: 0.50 of the goal"]
 
 
@@ -68,6 +101,7 @@ def test_rows_that_failed_are_kept_on_the_page(page):
         about | shape | {"form": "naive", "peer": "naive", "direction": "forward+backward", "error": "out of memory"},
         about | {"operation": "ssd", "form": "simple_gla", "peer": "fla", "error": "missing: no module"},
     ]
-    made = page.page(rows)
+    made = page.page(rows, {"older.jsonl": [about | shape | {"form": "slow", "direction": "forward", "us": 7.0}]})
+    assert "| `ssd` | slow | 8 × 4096 | tf32 | 7 | – | c |" in made
     assert "out of memory" in made
     assert "Not there: simple_gla: missing: no module" in made

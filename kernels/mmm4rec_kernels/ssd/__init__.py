@@ -106,8 +106,8 @@ def ssd(
         lengths: [B] int, sequences are right-padded: y is 0 behind each end, and nothing there reaches the result.
         cu_seqlens: [S + 1] int offsets of S packed sequences; the leading dimensions are then [1, T], of states [S].
         max_length: with cu_seqlens, a bound on the longest sequence; None reads it from the device, which waits.
-        backend: "auto", "reference", "torch", "triton" or "mamba_ssm" (the package mamba-ssm on a GPU: its products of
-            float32 are single TF32 ones, its results need not repeat bit for bit).
+        backend: "auto", "reference", "torch", "triton" or "mamba_ssm" (the package mamba-ssm on a GPU: step sizes
+            must not be negative, products of float32 are single TF32 ones, results need not repeat bit for bit).
 
     Returns:
         y [B, L, H, P] in the dtype of x; with return_final_states also the states [B, H, P, N] (float32 at least).

@@ -1,7 +1,7 @@
 """The scan by `mamba_chunk_scan_combined` of the package mamba-ssm, made to mean what `ssd` means.
 
-What differs there: D always multiplies raw x, step sizes below zero are cut off unless a limit is given, nothing is
-known of right padding, and packed sequences have no states. Letters as in `reference`.
+What differs there: D always multiplies raw x, nothing decays backwards (step sizes must not be negative, which softplus
+sees to), nothing is known of right padding, and packed sequences have no states. Letters as in `reference`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ MODULE = "mamba_ssm.ops.triton.ssd_combined"
 
 
 def chunk_size(length: int) -> int:
-    """Places of a chunk: the power of two that holds the sequence, within what was fastest on an H200."""
-    return min(max(32, 1 << (length - 1).bit_length()), 128)
+    """Places of a chunk: the power of two that holds the sequence, up to the 256 that the package takes for itself."""
+    return min(max(32, 1 << (length - 1).bit_length()), 256)
 
 
 def scan(
@@ -67,7 +67,7 @@ def scan(
         initial_states=initial,
         seq_idx=None if cu_seqlens is None else sequences.numbers(cu_seqlens, x.shape[1]),
         dt_softplus=softplus,
-        dt_limit=(-torch.inf, torch.inf) if limit is None else limit,
+        dt_limit=(0.0, torch.inf) if limit is None else limit,
         return_final_states=want_final,
     )
     y, final = y if want_final else (y, None)
