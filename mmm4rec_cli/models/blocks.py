@@ -147,7 +147,7 @@ class StateSpace(nn.Module):
                 self.norm.weight,
                 n_groups=self.n_groups,
                 eps=self.eps,
-                time_factor_BLH=None if w_1BHT is None else w_1BHT[0].transpose(-1, -2),
+                time_factor_BLH=None if w_1BHT is None else w_1BHT[0].transpose(-1, -2)[:, : places.length],
                 skip="dt_x",
             )
         )
