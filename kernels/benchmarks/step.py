@@ -1,6 +1,7 @@
 """The training step at the published sizes: ours against the naive model, checked before it is timed.
 
     python kernels/benchmarks/step.py [--out FILE] [--cpu] [--profile] [--lengths full|scientific] [--items N ...]
+        [--streams torch|triton]
 
 Both train the same synthetic interactions (batch 1024, hidden 256, one layer, text and image vectors 768 wide, TF32
 products, dropout 0.4, NAdam after every micro-batch). `full`: every history fills the 20 places; `scientific`: 8,442
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ import torch
 from naive_mmm4rec import NaiveMMM4Rec
 
 from mmm4rec_cli.data.sequences import Sequences
+from mmm4rec_cli.models import time_stream
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.settings import Settings
 from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
@@ -124,7 +127,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="the device time of each part, beside its floor")
     parser.add_argument("--lengths", nargs="+", default=["full", "scientific"], choices=["full", "scientific"])
     parser.add_argument("--items", nargs="+", type=int, help="catalogues (4385 and 25986; with --cpu 4385)")
+    parser.add_argument("--streams", choices=["torch", "triton"], default="torch", help="backend of the time streams")
     arguments = parser.parse_args()
+    for name in ("stream_stage", "spectral_filter"):
+        setattr(time_stream, name, partial(getattr(time_stream, name), backend=arguments.streams))
     device = torch.device("cpu" if arguments.cpu else "cuda")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     common = {
@@ -150,7 +156,7 @@ def main() -> None:
             del naive
             rows.append(time_ours(ours, sequences, targets, config, device, arguments.profile))
             for row in rows[-2:]:
-                row |= {"items": items, "lengths": kind, "worst_error": worst, **common}
+                row |= {"items": items, "lengths": kind, "worst_error": worst, "streams": arguments.streams, **common}
                 print(json.dumps(row), flush=True)
             print(f"ratio {rows[-2]['step_ms'] / rows[-1]['step_ms']:.1f}", flush=True)
     if arguments.out:

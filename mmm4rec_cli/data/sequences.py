@@ -51,13 +51,24 @@ class Windows:
         """Those of its fields that are tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def parts(self, count: int) -> list["Windows"]:
-        """The same in at most so many parts, each with its own number of real places (waits for them)."""
-        whole = (self.items_BT, self.lengths_B, self.timestamps_BT, self.target_B)
-        pieces = zip(*(tensor.chunk(count) for tensor in whole), strict=True)
+    def parts(self, rows: int, padding: int) -> list[tuple[Tensor, "Windows"]]:
+        """The same in parts of neighbours by length, each with its windows' places in the whole (waits for lengths).
+
+        Args:
+            rows: most places of a part that is padded to its longest window, but for a part of one window.
+            padding: most of them that may be padding.
+        """
+        order_B = self.lengths_B.argsort(stable=True)
+        cuts, real = [0], 0
+        for place, length in enumerate(self.lengths_B[order_B].tolist()):
+            whole = (place + 1 - cuts[-1]) * length
+            if place > cuts[-1] and (whole > rows or whole - real - length > padding):
+                cuts.append(place)
+                real = 0
+            real += length
+        indices = [order_B[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(order_B)], strict=True)]
         return [
-            Windows(items, lengths, timestamps, target, rows=int(lengths.sum()))
-            for items, lengths, timestamps, target in pieces
+            (i, Windows(self.items_BT[i], self.lengths_B[i], self.timestamps_BT[i], self.target_B[i])) for i in indices
         ]
 
     def among(self, candidate_C: Tensor, own: int) -> "Windows":

@@ -24,6 +24,8 @@ from mmm4rec_kernels import (
 )
 
 PARTS = ("weight", "bias")
+TAILS_ON = ("cpu",)
+"""Devices where the last layer's scans give the last places alone; elsewhere kernels give all."""
 
 
 class Linear(nn.Linear):
@@ -147,7 +149,7 @@ class StateSpace(nn.Module):
                 self.norm.weight,
                 n_groups=self.n_groups,
                 eps=self.eps,
-                time_factor_BLH=None if w_1BHT is None else w_1BHT[0].transpose(-1, -2),
+                time_factor_BLH=None if w_1BHT is None else w_1BHT[0].transpose(-1, -2)[:, : places.length],
                 skip="dt_x",
             )
         )
@@ -304,7 +306,7 @@ class CrossModalLayer(nn.Module):
         whose kernels give all places.
         """
         last_B = places.last_B
-        if image_SD.is_cuda:
+        if image_SD.device.type not in TAILS_ON:
             query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places)
             out_BD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places, rows=last_B)
             return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))

@@ -21,8 +21,11 @@ from mmm4rec_kernels import Order, lookup, order_of
 
 ROWS_A_PART = 1280
 """On the CPU: places computed at a time."""
-WORTH_PADDING = 0.6
-"""On the CPU: share of real places from which on leaving padding out costs more than computing it."""
+PADDING_A_PART = 64
+"""On the CPU: places of padding in a part, from which on one more part costs less."""
+
+_Vectors = tuple[Tensor, Tensor] | tuple[None, None]
+"""The catalogue's image and text vectors [V, D], where they are at hand."""
 
 
 class ModalityInput(nn.Module):
@@ -61,9 +64,12 @@ class ModalityInput(nn.Module):
             vectors = vectors + (self.item_bias if items is None else F.embedding(items, self.item_bias))
         return vectors
 
-    def forward(self, items_S: Tensor, vectors_VD: Tensor | None = None, order: Order | None = None) -> Tensor:
-        """The stream's start [S, D]; `vectors_VD` are the catalogue's vectors where they are at hand, `order` sorts."""
-        vectors_SD = self.vectors(items_S) if vectors_VD is None else lookup(vectors_VD, items_S, order=order)
+    def rows(self, items_S: Tensor, vectors_VD: Tensor | None = None, order: Order | None = None) -> Tensor:
+        """Item vectors [S, D]; `vectors_VD` are the catalogue's vectors where they are at hand, `order` sorts."""
+        return self.vectors(items_S) if vectors_VD is None else lookup(vectors_VD, items_S, order=order)
+
+    def forward(self, vectors_SD: Tensor) -> Tensor:
+        """The stream's start [S, D]."""
         out: Tensor = self.norm(vectors_SD, p=self.dropout, training=self.training)
         return out
 
@@ -137,7 +143,9 @@ class MMM4Rec(SequenceModel):
         if items_BL.shape[1] != self.config.max_len:
             raise ValueError(f"items_BL must be [B, {self.config.max_len}] (max_len), got {tuple(items_BL.shape)}")
         places = Places.padded(lengths_B, self.config.max_len)
-        image_SD, text_SD, streams_MBHT = self._starts(items_BL, lengths_B, timestamps_BL, places)
+        image_SD, text_SD = self._rows(places.ids(items_BL))
+        streams_MBHT = self._streams(timestamps_BL, lengths_B)
+        image_SD, text_SD = self.image(image_SD), self.text(text_SD)
         for layer in self.layers:
             image_SD, text_SD, streams_MBHT = layer(image_SD, text_SD, streams_MBHT, places)
         user_BD: Tensor = image_SD.index_select(0, places.last_B)
@@ -158,47 +166,49 @@ class MMM4Rec(SequenceModel):
             return self.sampled_loss(user_BD, table_VD, windows)
         return self.catalogue_loss(user_BD, table_VD, windows.target_B)
 
-    def _users(self, windows: Windows, vectors: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)) -> Tensor:
+    def _users(self, windows: Windows, vectors: _Vectors = (None, None)) -> Tensor:
         if windows.items_BT.is_cuda or windows.rows is None:
-            return self._last(windows, self._places(windows), vectors)
-        # A part at a time, whose tensors stay in the processor's cache.
-        parts = windows.parts(-(-windows.rows // ROWS_A_PART))
-        return torch.cat([self._last(part, self._places(part), vectors) for part in parts])
+            places = self._places(windows)
+            return self._last(windows, places, *self._rows(places.ids(windows.items_BT), vectors))
+        # On a CPU a part at a time, whose tensors stay in the processor's cache, and of windows of about one length,
+        # so that hardly any padding is computed. Items are looked up at once: each look-up has a gradient of the
+        # catalogue's size.
+        parts = windows.parts(ROWS_A_PART, PADDING_A_PART)
+        grids = [Places.padded(part.lengths_B, int(part.lengths_B.max())) for _, part in parts]
+        ids = [grid.ids(part.items_BT) for grid, (_, part) in zip(grids, parts, strict=True)]
+        sizes = [len(i) for i in ids]
+        image, text = (torch.split(rows_SD, sizes) for rows_SD in self._rows(torch.cat(ids), vectors))
+        users = [
+            self._last(part, grid, image_SD, text_SD)
+            for (_, part), grid, image_SD, text_SD in zip(parts, grids, image, text, strict=True)
+        ]
+        return torch.cat(users).index_select(0, torch.cat([index for index, _ in parts]).argsort())
 
     def _places(self, windows: Windows) -> Places:
         users, length = windows.items_BT.shape
         if windows.rows is None or windows.rows >= users * length:
             return Places.padded(windows.lengths_B, length)
-        if not windows.items_BT.is_cuda and windows.rows > WORTH_PADDING * users * length:
-            return Places.padded(windows.lengths_B, length)
         return Places.packed(windows.lengths_B, length, windows.rows)
 
-    def _last(self, windows: Windows, places: Places, vectors: tuple[Tensor, Tensor] | tuple[None, None]) -> Tensor:
-        starts = self._starts(windows.items_BT, windows.lengths_B, windows.timestamps_BT, places, vectors)
+    def _rows(self, items_S: Tensor, vectors: _Vectors = (None, None)) -> tuple[Tensor, Tensor]:
+        """Image and text vectors [S, D]."""
+        order = None if vectors[0] is None else order_of(items_S, len(vectors[0]))
+        return self.image.rows(items_S, vectors[0], order), self.text.rows(items_S, vectors[1], order)
+
+    def _last(self, windows: Windows, places: Places, image_SD: Tensor, text_SD: Tensor) -> Tensor:
+        """User vectors [B, D] from the item vectors of the places."""
+        streams_MBHT = self._streams(windows.timestamps_BT, windows.lengths_B)
+        image_SD, text_SD = self.image(image_SD), self.text(text_SD)
         for layer in self.layers[:-1]:
-            starts = layer(*starts, places)
+            image_SD, text_SD, streams_MBHT = layer(image_SD, text_SD, streams_MBHT, places)
         final = self.layers[-1]
         assert isinstance(final, CrossModalLayer)
-        user_BD: Tensor = final.last(*starts, places)
-        return user_BD
+        return final.last(image_SD, text_SD, streams_MBHT, places)
 
-    def _starts(
-        self,
-        items_BL: Tensor,
-        lengths_B: Tensor,
-        timestamps_BL: Tensor,
-        places: Places,
-        vectors: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Image and text [S, D] and the time streams before the first layer."""
-        items_S = places.ids(items_BL)
-        order = None if vectors[0] is None else order_of(items_S, len(vectors[0]))
-        image_SD, text_SD = self.image(items_S, vectors[0], order), self.text(items_S, vectors[1], order)
-        return image_SD, text_SD, None if self.gaps is None else self._streams(timestamps_BL, lengths_B)
-
-    def _streams(self, timestamps_BL: Tensor, lengths_B: Tensor) -> Tensor:
+    def _streams(self, timestamps_BL: Tensor, lengths_B: Tensor) -> Tensor | None:
         """Time streams [M, B, H, T] of image and text; without dropout they are equal, and there is one."""
-        assert self.gaps is not None
+        if self.gaps is None:
+            return None
         gaps_1BT = self.gaps.gaps(timestamps_BL, lengths_B)[None]
         apart = self.training and self.config.time_dropout > 0
         stream_MBT: Tensor = self.gaps(gaps_1BT.expand(2, -1, -1) if apart else gaps_1BT, lengths_B)

@@ -37,7 +37,7 @@ class Places:
 
     @classmethod
     def padded(cls, lengths_B: Tensor, length: int) -> "Places":
-        """All T places of every user, padding included: S = B T."""
+        """The first `length` places of every user, padding included: S = B `length`."""
         users = lengths_B.shape[0]  # len() would be a constant in an exported program
         first_B = torch.arange(users, device=lengths_B.device) * length
         return cls(users, length, first_B + lengths_B - 1, lengths_B=lengths_B)
@@ -69,13 +69,15 @@ class Places:
 
     def rows(self, grid: Tensor) -> Tensor:
         """[..., B, T, C] to [..., S, C]."""
-        flat = grid.flatten(-3, -2)
-        return flat if self.slot_S is None else flat.index_select(-2, self.slot_S)
+        if self.slot_S is None:
+            return grid[..., : self.length, :].flatten(-3, -2)
+        return grid.flatten(-3, -2).index_select(-2, self.slot_S)
 
     def ids(self, items_BT: Tensor) -> Tensor:
         """Item ids [B, T] to [S]."""
-        flat = items_BT.flatten()
-        return flat if self.slot_S is None else flat[self.slot_S]
+        if self.slot_S is None:
+            return items_BT[:, : self.length].flatten()
+        return items_BT.flatten()[self.slot_S]
 
     def sequences(self, streams_nSC: Tensor) -> Tensor:
         """[n, S, C] as the kernels take sequences: [n B, T, C], or [1, n S, C] with `offsets_of(n)`."""

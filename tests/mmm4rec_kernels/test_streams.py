@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmm4rec_kernels import ComplexMap, StreamGate, StreamMaps, spectral_filter, stream_stage
-from mmm4rec_kernels.streams import ops
+from mmm4rec_kernels import BackendUnavailable, ComplexMap, StreamGate, StreamMaps, spectral_filter, stream_stage
+from mmm4rec_kernels.streams import MAX_PLACES, ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BY_KERNEL = INTERPRETED or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+BACKEND = "triton" if BY_KERNEL else "torch"
 by_kernel = pytest.mark.skipif(not BY_KERNEL, reason="runs in test_the_kernels_interpreted, and on a GPU")
 
 
@@ -35,7 +36,8 @@ def stage_inputs(streams: int, users: int, heads: int, places: int, gates: int, 
 
 def stage(given: list[torch.Tensor], **options: object) -> tuple[torch.Tensor, torch.Tensor | None]:
     gate = StreamGate(*given[9:], eps=1e-12) if len(given) > 9 else None
-    return stream_stage(given[0], StreamMaps(*given[1:9]), gate, **options)
+    kernel = BACKEND if given[0].dtype == torch.float32 and given[0].shape[-1] <= MAX_PLACES else "torch"
+    return stream_stage(given[0], StreamMaps(*given[1:9]), gate, **{"backend": kernel, **options})
 
 
 def gradients(outputs, given):
@@ -134,7 +136,8 @@ def filter_inputs(streams: int, users: int, heads: int, places: int) -> list[tor
 
 
 def filtered(given: list[torch.Tensor]) -> torch.Tensor:
-    return spectral_filter(given[0], *(ComplexMap(*given[i : i + 4]) for i in (1, 5, 9)))
+    kernel = BACKEND if given[0].dtype == torch.float32 and given[0].shape[-1] <= MAX_PLACES else "torch"
+    return spectral_filter(given[0], *(ComplexMap(*given[i : i + 4]) for i in (1, 5, 9)), backend=kernel)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
@@ -147,6 +150,14 @@ def test_the_filter_and_its_gradients(streams, users, heads, places):
     close(got, want)
     for name, (out, right) in enumerate(zip(gradients([got], given), gradients([want], double), strict=True)):
         assert float((out.double() - right).norm() / right.norm()) < 1e-4, name
+
+
+def test_a_backend_that_cannot_take_a_call_says_so():
+    given = stage_inputs(1, 2, 2, 40, 0)
+    with pytest.raises(BackendUnavailable, match="got 40" if BY_KERNEL else "triton"):
+        stage(given, backend="triton")
+    with pytest.raises(ValueError, match="expected auto, torch or triton"):
+        stage(given, backend="cuda")
 
 
 @by_kernel

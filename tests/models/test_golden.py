@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmm4rec_cli.data.sequences import Windows
-from mmm4rec_cli.models import mmm4rec
+from mmm4rec_cli.models import blocks, mmm4rec
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.models.published import published_name
 from mmm4rec_cli.settings import Settings
@@ -143,10 +143,21 @@ def outputs(model: MMM4Rec, golden: Golden, user: Tensor) -> dict[str, Tensor]:
 
 
 def packed_users(model: MMM4Rec, golden: Golden, spare: int = 0) -> Tensor:
-    """User vectors computed on the real places alone, and `spare` more that nobody reads."""
+    """User vectors computed on the real places alone, and `spare` more that nobody reads, as a GPU does it."""
+    windows = given_windows(golden, spare)
+    places = model._places(windows)
+    assert places.offsets is not None
+    return model._last(windows, places, *model._rows(places.ids(windows.items_BT)))
+
+
+def read_users(model: MMM4Rec, golden: Golden, spare: int = 0) -> Tensor:
+    """User vectors computed in parts, as a CPU does it."""
+    return model.users(given_windows(golden, spare))
+
+
+def given_windows(golden: Golden, spare: int) -> Windows:
     items, lengths, times = golden.inputs()
-    windows = Windows(items, lengths, times, golden.tensors["in/labels"], rows=int(lengths.sum()) + spare)
-    return model.users(windows)
+    return Windows(items, lengths, times, golden.tensors["in/labels"], rows=int(lengths.sum()) + spare)
 
 
 def gradients(model: MMM4Rec, loss: Tensor) -> dict[str, Tensor]:
@@ -172,27 +183,28 @@ def test_float64_outputs_and_intermediates_equal_the_published_ones(golden, monk
     assert torch.equal(ranks, golden.tensors["out/label_rank0"])
 
 
-def choose_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without padding, with it, or in parts of a few users."""
-    monkeypatch.setattr(mmm4rec, "WORTH_PADDING", {"packed": 1.0, "grid": 0.0, "parts": 0.6}[path])
-    monkeypatch.setattr(mmm4rec, "ROWS_A_PART", 15 if path == "parts" else 1280)
-
-
 @pytest.mark.parametrize("spare", [0, 1, 13])
-@pytest.mark.parametrize("path", ["packed", "grid", "parts"])
+@pytest.mark.parametrize("path", ["packed", "parts"])
 def test_without_what_nobody_reads_the_user_vectors_are_the_same(golden, spare, path, monkeypatch):
-    choose_path(path, monkeypatch)
+    monkeypatch.setattr(mmm4rec, "ROWS_A_PART", 15)
+    monkeypatch.setattr(mmm4rec, "PADDING_A_PART", spare)
+    if path == "packed":
+        monkeypatch.setattr(blocks, "TAILS_ON", ())
     model = golden.model(torch.float64).eval()
+    users = packed_users if path == "packed" else read_users
     with torch.no_grad():
-        assert deviation(packed_users(model, golden, spare), golden.tensors["out/seq_output"]) < 1e-9
+        assert deviation(users(model, golden, spare), golden.tensors["out/seq_output"]) < 1e-9
 
 
-@pytest.mark.parametrize("path", ["padded", "packed", "grid", "parts"])
+@pytest.mark.parametrize("path", ["padded", "packed", "parts"])
 def test_float64_gradients_equal_the_published_ones(golden, path, monkeypatch):
-    if path != "padded":
-        choose_path(path, monkeypatch)
+    monkeypatch.setattr(mmm4rec, "ROWS_A_PART", 15)
     model = golden.model(torch.float64).eval()
-    user = model(*golden.inputs()) if path == "padded" else packed_users(model, golden, spare=5)
+    user = (
+        model(*golden.inputs())
+        if path == "padded"
+        else (packed_users if path == "packed" else read_users)(model, golden, spare=5)
+    )
     losses = outputs(model, golden, user)
     for kind, loss in (("grad/", losses["loss_full"]), ("grad_inbatch/", losses["loss_inbatch"])):
         wanted = {k.removeprefix(kind): v for k, v in golden.tensors.items() if k.startswith(kind)}

@@ -1,7 +1,7 @@
 """Stages of time streams: the factor that a stream puts on step sizes, the next stream, the filtered joint stream.
 
-On a GPU each is one kernel a direction; elsewhere the plain torch form. Letters: M streams, B users, H heads, T places,
-K taps, F = T // 2 + 1 bins of the real Fourier transform.
+The plain torch form everywhere; on request one Triton kernel a direction. Letters: M streams, B users, H heads,
+T places, K taps, F = T // 2 + 1 bins of the real Fourier transform.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mmm4rec_kernels.backend import availability, interpreting
+from mmm4rec_kernels.backend import BackendUnavailable, availability, interpreting
 from mmm4rec_kernels.conv1d import causal_conv1d
 from mmm4rec_kernels.rows import dropout
 from mmm4rec_kernels.streams import ops
@@ -55,10 +55,23 @@ class ComplexMap(NamedTuple):
     iota_F: torch.Tensor
 
 
-def _by_kernel(stream: torch.Tensor, parameter: torch.Tensor) -> bool:
-    on_gpu = stream.is_cuda or interpreting()
-    wide = stream.shape[-1] > MAX_PLACES or stream.shape[-1] < 2
-    return on_gpu and not wide and parameter.dtype == torch.float32 and availability("triton").available
+def _by_kernel(backend: str, stream: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Under "auto" torch everywhere: the kernels agree with it, but have not been timed on a GPU yet."""
+    if backend in ("auto", "torch"):
+        return False
+    if backend != "triton":
+        raise ValueError(f"backend: expected auto, torch or triton, got {backend!r}")
+    state, places = availability("triton"), stream.shape[-1]
+    why = "" if state.available else state.why
+    if not (stream.is_cuda or interpreting()):
+        why = why or f"it needs CUDA tensors, got {stream.device}"
+    if not 2 <= places <= MAX_PLACES:
+        why = why or f"it takes 2 to {MAX_PLACES} places, got {places}"
+    if parameter.dtype != torch.float32:
+        why = why or f"it takes float32 parameters, got {parameter.dtype}"
+    if why:
+        raise BackendUnavailable(f"backend 'triton' cannot run: {why}")
+    return True
 
 
 def stream_stage(
@@ -68,6 +81,7 @@ def stream_stage(
     *,
     p: float = 0.0,
     training: bool = False,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The factor on step sizes and, with a gate, the next stream.
 
@@ -80,11 +94,16 @@ def stream_stage(
         gate: see `StreamGate`, or None.
         p: probability of dropout, drawn anew for each of its two places.
         training: dropout is drawn.
+        backend: "auto" and "torch", the plain form, or "triton", one kernel a direction in float32.
 
     Returns:
-        w [M, B, H, T] and the next stream [M, B, H, T] or None. On a GPU the arithmetic is float32.
+        w [M, B, H, T] and the next stream [M, B, H, T] or None.
+
+    Raises:
+        ValueError: there is no such backend.
+        BackendUnavailable: it cannot run here or cannot take the call.
     """
-    if not _by_kernel(stream_MBHT, maps.in_TT):
+    if not _by_kernel(backend, stream_MBHT, maps.in_TT):
         return _stage(stream_MBHT, maps, gate, p, training)
     streams, users, heads, places = stream_MBHT.shape
     rows = stream_MBHT.reshape(-1, heads, places)
@@ -113,7 +132,9 @@ def _stage(
     return w_MBHT, F.layer_norm(mixed, mixed.shape[-1:], gate.norm_weight_T, gate.norm_bias_T, gate.eps)
 
 
-def spectral_filter(streams_MBHT: torch.Tensor, image: ComplexMap, text: ComplexMap, joint: ComplexMap) -> torch.Tensor:
+def spectral_filter(
+    streams_MBHT: torch.Tensor, image: ComplexMap, text: ComplexMap, joint: ComplexMap, *, backend: str = "auto"
+) -> torch.Tensor:
     """The joint stream [B, H, T]: inverse transform of joint(image(v) v + text(t) t) for the spectra v and t.
 
     Args:
@@ -121,12 +142,17 @@ def spectral_filter(streams_MBHT: torch.Tensor, image: ComplexMap, text: Complex
         image: map of the image stream's spectrum.
         text: map of the text stream's spectrum.
         joint: map of their sum.
+        backend: as of `stream_stage`.
 
     Returns:
         [B, H, T]. The transforms are orthonormal; the inverse one ignores the imaginary part of bin 0 and, for even
-        T, of bin T / 2. On a GPU the arithmetic is float32.
+        T, of bin T / 2.
+
+    Raises:
+        ValueError: there is no such backend.
+        BackendUnavailable: it cannot run here or cannot take the call.
     """
-    if not _by_kernel(streams_MBHT, image.real_FF):
+    if not _by_kernel(backend, streams_MBHT, image.real_FF):
         return _filter(streams_MBHT, image, text, joint)
     maps = torch.cat([t.flatten() for part in (image, text, joint) for t in part])
     first = streams_MBHT[0].contiguous()
