@@ -16,7 +16,7 @@ settings file.
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -279,30 +279,24 @@ def run(inputs: Path, out: Path, args: argparse.Namespace) -> None:
     names = args.models or SLOWEST_FIRST
     rows = read_rows(out)
     dataset = read_inputs(inputs)
-    about = {"models": list(names), "processes": args.processes, "domain": dataset.name}
+    about = {"models": list(names), "domain": dataset.name}
     about |= {"popularity": _popularity(dataset), "users": dataset.n_users, "items": dataset.n_items}
     (out / "about.json").write_text(json.dumps(about))
-    chosen: dict[str, int] | None = None
-    if (out / "choice.json").is_file():
-        chosen = json.loads((out / "choice.json").read_text())["points"]
-    waiting = [Job(name, point, SEEDS[0]) for point in range(args.points) for name in names]
-    failed: set[Job] = set()
-    seeds_wait = False
+    grid = [Job(name, point, SEEDS[0]) for point in range(args.points) for name in names]
+    waiting, failed, with_seeds = list(grid), set[Job](), set[str]()
     workers = Workers(args.processes, (inputs, args.threads))
     with (out / "rows.jsonl").open("a") as stream:
         while True:
             done = {Job(r["model"], r["point"], r["seed"]) for r in counted(rows)}
-            waiting = [job for job in waiting if job not in done]
-            now = time.time()
-            late = now > begin + args.grid_share * args.seconds
-            if chosen is None and (late or not (waiting or workers.busy)):
-                # A point that is only half way round does not count; its jobs make room for the seeds.
-                chosen = chosen_points(rows, names)
-                (out / "choice.json").write_text(json.dumps({"common": common_points(rows, names), "points": chosen}))
-            if chosen is not None and not seeds_wait:
-                waiting = [Job(n, p, seed) for seed in SEEDS[1 : args.seeds] for n, p in chosen.items()]
-                waiting, seeds_wait = [job for job in waiting if job not in done], True
-            fitting = [job for job in waiting if now + expected(rows, job) < deadline - 5]
+            for name in names:
+                # A model that is through with the grid goes on with the other seeds at its best point.
+                if name not in with_seeds and {job for job in grid if job.model == name} <= done:
+                    point = best_point(rows, name, range(args.points))
+                    if point is not None:
+                        waiting += [Job(name, point, seed) for seed in SEEDS[1 : args.seeds]]
+                    with_seeds.add(name)
+            waiting = sorted({job for job in waiting if job not in done}, key=lambda job: order(job, names))
+            fitting = [job for job in waiting if time.time() + expected(rows, job, args.processes) < deadline - 5]
             while fitting and workers.idle:
                 job = fitting.pop(0)
                 waiting.remove(job)
@@ -317,12 +311,20 @@ def run(inputs: Path, out: Path, args: argparse.Namespace) -> None:
                     if job not in failed:  # once more, without CUDA graphs
                         failed.add(job)
                         waiting.append(job)
-                rows.append({**row, "at": round(time.time() - begin, 1)})
+                rows.append({**row, "processes": args.processes, "at": round(time.time() - begin, 1)})
                 stream.write(json.dumps(rows[-1]) + "\n")
                 stream.flush()
                 if ranks is not None and not row["cut"]:
                     np.save(out / f"{job.name}.npy", ranks)
     workers.close()
+    (out / "choice.json").write_text(
+        json.dumps({"common": common_points(rows, names), "points": chosen_points(rows, names)})
+    )
+
+
+def order(job: Job, names: Sequence[str]) -> tuple[int, int, int]:
+    """The grid before the seeds, point by point and seed by seed, the slow models first."""
+    return SEEDS.index(job.seed), job.point if job.seed == SEEDS[0] else 0, names.index(job.model)
 
 
 def alone(inputs: Path, out: Path, args: argparse.Namespace) -> None:
@@ -343,10 +345,11 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def expected(rows: list[dict[str, Any]], job: Job) -> float:
-    """The longest that this model took with windows of this length, in seconds; 0 if nobody knows."""
-    alike = (r for r in rows if "error" not in r and r["model"] == job.model)
-    return max((r["seconds"] for r in alike if GRID[r["point"]][2] == GRID[job.point][2]), default=0.0)
+def expected(rows: list[dict[str, Any]], job: Job, processes: int) -> float:
+    """The longest that this model took with windows of this length among so many processes; 0 if nobody knows."""
+    alike = [r for r in rows if "error" not in r and r["model"] == job.model]
+    alike = [r for r in alike if GRID[r["point"]][2] == GRID[job.point][2]]
+    return max((r["seconds"] * processes / r["processes"] for r in alike), default=0.0)
 
 
 def _popularity(dataset: Dataset) -> dict[str, float]:
@@ -372,14 +375,17 @@ def common_points(rows: list[dict[str, Any]], names: Iterable[str]) -> list[int]
     return sorted(set.intersection(*there)) if there else []
 
 
+def best_point(rows: list[dict[str, Any]], name: str, points: Iterable[int]) -> int | None:
+    """The point with the best validation NDCG@10 of the first seed; None if all of them diverged."""
+    among = set(points)
+    mine = [r for r in finished(rows) if r["model"] == name and r["seed"] == SEEDS[0] and r["point"] in among]
+    return max(mine, key=lambda r: r["valid"][METRIC])["point"] if mine else None
+
+
 def chosen_points(rows: list[dict[str, Any]], names: Iterable[str]) -> dict[str, int]:
-    """Each model's best common point by validation NDCG@10 of the first seed."""
-    common, chosen = set(common_points(rows, names)), {}
-    for name in names:
-        mine = [r for r in finished(rows) if r["model"] == name and r["seed"] == SEEDS[0] and r["point"] in common]
-        if mine:
-            chosen[name] = max(mine, key=lambda r: r["valid"][METRIC])["point"]
-    return chosen
+    """Each model's best point among those that every model went through."""
+    best = {name: best_point(rows, name, common_points(rows, names)) for name in names}
+    return {name: point for name, point in best.items() if point is not None}
 
 
 def common_seeds(rows: list[dict[str, Any]], chosen: dict[str, int]) -> list[int]:
@@ -408,7 +414,9 @@ def page(out: Path) -> str:
     lonely = {}
     if (out / "alone.jsonl").is_file():
         lonely = {r["model"]: r for r in map(json.loads, (out / "alone.jsonl").read_text().splitlines())}
-    machines = sorted({f"{r['device']} (torch {r['torch']})" for r in finished(rows)})
+    used = [row for mine in at_best.values() for row in mine]
+    machines = sorted({f"{r['device']} (torch {r['torch']})" for r in used})
+    sharing = " or ".join(map(str, sorted({r["processes"] for r in used})))
     heads = ["model", "seeds", "Hit@10", METRIC, "difference to MMM4Rec", "epochs to best", "seconds to best"]
     heads += ["seconds an epoch alone", "parameters", "lr, dropout, length"]
     lines = [
@@ -425,7 +433,7 @@ def page(out: Path) -> str:
         "",
         "Mean ± standard deviation over seeds. The difference to MMM4Rec is that of the test "
         f"{METRIC} with the 95 % interval of a paired bootstrap over users (each user's value is the mean over seeds). "
-        f"Seconds to the best epoch include the validations; {about['processes']} trainings shared one "
+        f"Seconds to the best epoch include the validations; {sharing} trainings shared one "
         f"{' or '.join(machines)}, so the seconds of an epoch with nothing else on that GPU (the median of five) stand "
         "beside them.",
         "",
@@ -510,7 +518,6 @@ def main(words: list[str] | None = None) -> None:
     two.add_argument("--out", type=Path, required=True)
     two.add_argument("--seconds", type=float, default=400, help="all in all")
     two.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of them")
-    two.add_argument("--grid-share", type=float, default=0.55, help="share of the time for the grid")
     two.add_argument("--points", type=int, default=len(GRID), help="points of the grid, from the first on")
     two.add_argument("--processes", type=int, default=5)
     two.add_argument("--epochs", type=int, help="epochs at most")

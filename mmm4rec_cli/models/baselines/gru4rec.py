@@ -1,5 +1,7 @@
 """GRU4Rec (arXiv 1511.06939) with full softmax: a gated recurrent network over item vectors."""
 
+import warnings
+
 from torch import Tensor, nn
 
 from mmm4rec_cli.data.dataset import ModelFeatures
@@ -21,7 +23,10 @@ class GRU4Rec(Baseline):
 
     def forward(self, items_BL: Tensor, lengths_B: Tensor, timestamps_BL: Tensor) -> Tensor:
         """User vectors [B, D]; times are not read."""
-        states_BLS, _ = self.gru(self.dropout(self.items(items_BL)))
+        with warnings.catch_warnings():
+            # The trainer keeps all weights in one tensor of its own; copying these few for cuDNN costs nothing.
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+            states_BLS, _ = self.gru(self.dropout(self.items(items_BL)))
         user_BD: Tensor = self.out(at_last_place(states_BLS, lengths_B))
         return user_BD
 
