@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmm4rec_cli.data.sequences import Sequences
+from mmm4rec_cli.data.sequences import Sequences, Windows
 from mmm4rec_cli.errors import DataError
 
 DAY = 86_400
@@ -123,3 +123,18 @@ def test_a_user_without_interactions_takes_no_place():
         split.targets("valid")
     with pytest.raises(ValueError, match="random"):
         sequences.split("random")
+
+
+def test_parts_hold_every_window_once_beside_those_of_about_its_length():
+    lengths = torch.tensor([1, 20, 3, 3, 18, 1, 20, 2, 20, 1])
+    items = torch.arange(10)[:, None].expand(10, 20)
+    parts = Windows(items, lengths, items * 10, items[:, 0] + 100).parts(rows=40, padding=3)
+    found = torch.cat([index for index, _ in parts])
+    assert sorted(found.tolist()) == list(range(10))
+    for index, part in parts:
+        assert torch.equal(part.lengths_B, lengths[index])
+        assert part.items_BT[:, 0].tolist() == index.tolist()
+        assert part.target_B.tolist() == [i + 100 for i in index.tolist()]
+        whole = len(index) * int(part.lengths_B.max())
+        assert len(index) == 1 or (whole <= 40 and whole - int(part.lengths_B.sum()) <= 3)
+    assert [len(index) for index, _ in parts] == [4, 2, 2, 2]

@@ -21,7 +21,7 @@ from mmm4rec_kernels import Order, lookup, order_of
 
 ROWS_A_PART = 1280
 """On the CPU: places computed at a time."""
-PADDING_A_PART = 64
+PADDING_A_PART = 192
 """On the CPU: places of padding in a part, from which on one more part costs less."""
 
 _Vectors = tuple[Tensor, Tensor] | tuple[None, None]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmm4rec_cli.device import precision
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.models.time_stream import ObservedGaps
 from mmm4rec_cli.settings import Settings
@@ -199,3 +200,13 @@ def test_a_history_of_another_length_is_refused():
     items, lengths, times = histories()
     with pytest.raises(ValueError, match="max_len"):
         model(items[:, :5], lengths.clamp(max=5), times[:, :5])
+
+
+@pytest.mark.parametrize("time", ["observed", "published", "none"])
+def test_bfloat16_products_give_about_the_same_users(time):
+    net = build(time=time).float()
+    with torch.no_grad():
+        want = net(*histories())
+        with precision("bf16", torch.device("cpu")):
+            got = net(*histories())
+    assert float((got - want).norm() / want.norm()) < 0.05
