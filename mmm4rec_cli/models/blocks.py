@@ -57,8 +57,21 @@ class StateSpace(nn.Module):
         self.norm = RMSGate(inner)
         self.out_proj = Linear(inner, config.hidden_size)
         self.time: TimeFactor | None = None
-        if config.time != "none":
+        if config.has_time_streams:
             self.time = TimeFactor(heads, config.max_len, config.d_conv, config.time_dropout)
+        self.gap_power = nn.Parameter(torch.zeros(heads)) if config.time == "decay" else None
+
+    def paced(self, projected_nSC: Tensor, gap_S: Tensor | None) -> Tensor:
+        """The in-projection, whose last H columns are the raw step sizes, with the gaps' part of these.
+
+        Behind softplus, whose values are small, a head's step size is then about exp(power u) times as long, which is a
+        power of the gap: the state decays by elapsed time. At the start all powers are 0.
+        """
+        if self.gap_power is None or gap_S is None:
+            return projected_nSC
+        heads = len(self.gap_power)
+        step_nSH = projected_nSC[..., -heads:] + (gap_S[:, None] * self.gap_power).to(projected_nSC.dtype)
+        return torch.cat([projected_nSC[..., :-heads], step_nSH], -1)
 
     def scan(
         self,
@@ -114,15 +127,18 @@ class SSD(StateSpace):
         inner, states = config.expand * config.hidden_size, config.n_groups * config.d_state
         self.in_proj = Linear(config.hidden_size, 2 * inner + 2 * states + config.n_heads)
         self.conv = CausalConv(inner + 2 * states, config.d_conv)
-        if config.time != "none":
+        if config.has_time_streams:
             self.time_gate = nn.Linear(config.max_len, config.max_len if config.point_time_gate else 1)
             self.time_norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
             self.time_dropout = nn.Dropout(config.time_dropout)
 
-    def forward(self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places, gap_S: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The block's output [n, S, D] and the next time streams."""
         w_MBHT = None if self.time is None or streams_MBHT is None else self.time(streams_MBHT)
-        out_nSD = self.scan(self.in_proj(u_nSD), self.conv.weight, self.conv.bias, w_MBHT, places)
+        projected = self.paced(self.in_proj(u_nSD), gap_S)
+        out_nSD = self.scan(projected, self.conv.weight, self.conv.bias, w_MBHT, places)
         if streams_MBHT is None or w_MBHT is None:
             return out_nSD, None
         gate = torch.sigmoid(self.time_gate(self.time_dropout(streams_MBHT)))
@@ -141,10 +157,12 @@ class CrossSSD(StateSpace):
         self.u_conv = CausalConv(inner + states, config.d_conv)
         self.q_conv = CausalConv(states, config.d_conv)
 
-    def forward(self, q_SD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places) -> Tensor:
+    def forward(
+        self, q_SD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places, gap_S: Tensor | None = None
+    ) -> Tensor:
         """The block's output [S, D]; its time stream ends here."""
         projected = CrossProjections(
-            xBdt=self.u_in_proj(u_SD)[None],
+            xBdt=self.paced(self.u_in_proj(u_SD), gap_S)[None],
             z=self.z_in_proj(q_SD + u_SD)[None],
             C=self.q_in_proj(q_SD)[None],
         )
@@ -189,14 +207,14 @@ class CrossModalLayer(nn.Module):
         self.image_norm = norm()
         self.cross_ssd = CrossSSD(config)
         self.cross_norm, self.image_ffn = norm(), feed_forward()
-        self.filter = FourierFilter(config.max_len) if config.time != "none" else None
+        self.filter = FourierFilter(config.max_len) if config.has_time_streams else None
         self.dropout = config.dropout
 
     def forward(
-        self, items_nSD: Tensor, streams_MBHT: Tensor | None, places: Places
+        self, items_nSD: Tensor, streams_MBHT: Tensor | None, places: Places, gap_S: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """New image [S, D], new text [S, D], new time streams (unfiltered)."""
-        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places)
+        """New image [S, D], new text [S, D], new time streams (unfiltered); `gap_S` paces the scans."""
+        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places, gap_S)
         # Both modalities' residual and norm at once, each with its own weights.
         weight, bias = (torch.stack([getattr(m, k) for m in (self.image_norm, self.text_norm)]) for k in PARTS)
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
@@ -204,6 +222,6 @@ class CrossModalLayer(nn.Module):
         query_SD, text_SD = residual_norm(out_nSD, weight, bias, residual=items_nSD, eps=eps, **drop)
         text_SD = self.text_ffn(text_SD)
         joint_BHT = None if self.filter is None or streams_MBHT is None else self.filter(streams_MBHT)
-        out_SD = self.cross_ssd(query_SD, text_SD, joint_BHT, places)
+        out_SD = self.cross_ssd(query_SD, text_SD, joint_BHT, places, gap_S)
         image_SD = self.image_ffn(self.cross_norm(out_SD, residual=query_SD, other=text_SD, **drop))
         return image_SD, text_SD, streams_MBHT

@@ -25,7 +25,7 @@ def trainer(workspace, settings, *, graphs, in_batch=False):
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("time", ["observed", "published", "none"])
+@pytest.mark.parametrize("time", ["observed", "published", "none", "buckets", "decay"])
 def test_a_recorded_step_has_the_gradients_of_an_unrecorded_one(workspace, make_domain, small_settings, time, in_batch):
     make_domain(users=200)
     still = {"dropout": 0.0, "embedding_dropout": 0.0, "time_dropout": 0.0, "time": time}
