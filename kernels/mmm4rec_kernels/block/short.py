@@ -180,7 +180,9 @@ def decays(p_high, plane, o_l, o_first, m_out, BL: tl.constexpr):
     b_high = tl.load(p_high + o_l, mask=m_out, other=0.0)
     b_low = tl.load(p_high + plane + o_l, mask=m_out, other=0.0)
     between = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
-    return exp2(tl.where((o_t >= o_s) & (o_s >= o_first[:, None]), between, float("-inf")))
+    # A place behind the last row has no sum: what lies between it and another would be no decay but growth without end.
+    within = m_out[:, None] & (o_t >= o_s) & (o_s >= o_first[:, None])
+    return exp2(tl.where(within, between, float("-inf")))
 
 
 @triton.jit
