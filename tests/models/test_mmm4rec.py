@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmm4rec_cli.models.mmm4rec import MMM4Rec, ModalityInput
+from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import GapBuckets, ObservedGaps
 from mmm4rec_cli.settings import Settings
 
@@ -96,25 +97,23 @@ def test_gaps_enter_from_nothing(time):
 
 
 def test_a_positive_power_forgets_over_a_long_gap():
-    model = build(time="decay", num_layers=1)
-    items, lengths, times = histories()
-    whole = lengths == T
-    later = times.clone()
-    later[:, T // 2 :] += 3650 * 86_400
-    first = items.clone()
-    first[:, : T // 4] = 1 + first[:, : T // 4] % (V - 1)
+    block = build(time="decay").layers[0].ssd
+    items = torch.randn(1, T, SMALL["hidden_size"], generator=torch.Generator().manual_seed(0)).double()
+    other = items.clone()
+    other[0, 0] += 1
+    places = Places.padded(torch.tensor([T]), T)
+    gaps = torch.zeros(T).double()
+    gaps[T // 2] = 3.0
 
-    def influence(power):
-        """How much of what comes before the gap is left behind it, over what is left without it."""
+    def left(power):
+        """How much of the first item is left at the last place behind the gap, over what is left without the gap."""
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("gap_power"):
-                    parameter.fill_(power)
-            left = [(model(items, lengths, t) - model(first, lengths, t))[whole].norm().item() for t in (later, times)]
-        return left[0] / left[1]
+            block.gap_power.fill_(power)
+            moved = [block(a, None, places, g)[0][0, -1] for g in (gaps, 0 * gaps) for a in (items, other)]
+        return ((moved[0] - moved[1]).norm() / (moved[2] - moved[3]).norm()).item()
 
-    assert influence(2.0) < 0.5
-    assert influence(0.0) == pytest.approx(1)
+    assert left(2.0) < 1e-3
+    assert left(0.0) == 1
 
 
 def test_ranges_of_gaps_are_half_a_doubling_wide():
