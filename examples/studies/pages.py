@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from arms import ARMS, Arm, written
-from findings import FINDINGS
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmm4rec_cli.evaluation.compare import paired_bootstrap
 
 METRIC = "NDCG@10"
+FINDINGS = Path(__file__).with_name("findings.md")
+"""What the tables say in words: a beginning, then one part a section."""
 Row = dict[str, Any]
 
 
@@ -60,7 +61,9 @@ def gap(found: dict[str, float] | None) -> str:
 
 
 def table(results: Results, arms: Sequence[Arm], reference: Callable[[Arm], Arm], against: str) -> list[str]:
-    """One row an arm that has rows, the reference's differences left out."""
+    """One row an arm that has rows, the reference's differences left out; the others by name."""
+    if not any(results.of(arm) for arm in arms):
+        return ["Not measured yet.", ""]
     lines = [
         f"| arm | seeds | valid {METRIC} | test Hit@10 | test {METRIC} | valid, less {against} | test, less {against} "
         "| best epoch | seconds to it |",
@@ -77,6 +80,33 @@ def table(results: Results, arms: Sequence[Arm], reference: Callable[[Arm], Arm]
             f"{' | '.join(gaps)} | {mean(r['best_epoch'] for r in rows):.0f} | "
             f"{mean(r['seconds_to_best'] for r in rows):.1f} |"
         )
+    missing = [arm.name for arm in arms if not results.of(arm)]
+    if missing:
+        lines += ["", f"Not measured yet: {'; '.join(missing)}."]
+    return [*lines, ""]
+
+
+def reaching(results: Results, arms: Iterable[Arm], first: Arm, share: float) -> list[str]:
+    """Epochs and seconds until the validation metric first reaches a share of the best of `first`."""
+    if not results.of(first):
+        return []
+    level = share * mean(r["valid"][METRIC] for r in results.of(first))
+    what = "the best" if share == 1 else f"{share:.0%} of the best"
+    lines = [
+        f"Epochs and seconds until the validation {METRIC} first reaches {what} of {first.name} ({level:.4f}):",
+        "",
+        "| arm | seeds that reach it | epochs | seconds |",
+        "|---|---|---|---|",
+    ]
+    for arm in arms:
+        reached = []
+        for row in results.of(arm):
+            at = next((i for i, value in enumerate(row["curve"][METRIC]) if value >= level), None)
+            if at is not None:
+                reached.append((at + 1, sum(row["seconds_curve"][: at + 1])))
+        said = f"{mean(e for e, _ in reached):.1f} | {mean(s for _, s in reached):.1f}" if reached else "– | –"
+        if results.of(arm):
+            lines.append(f"| {arm.name} | {len(reached)} of {len(results.of(arm))} | {said} |")
     return [*lines, ""]
 
 
@@ -92,11 +122,10 @@ def command(arm: Arm) -> list[str]:
 
 
 def commands(results: Results, arms: Iterable[Arm]) -> list[str]:
-    """Folded away: the commands of all arms that have rows."""
+    """Folded away: the commands of all arms."""
     lines = ["<details><summary>the commands</summary>", "", "```"]
     for arm in arms:
-        if results.of(arm):
-            lines += [f"# {arm.name}", *command(arm)]
+        lines += [f"# {arm.name}", *command(arm)]
     return [*lines, "```", "", "</details>", ""]
 
 
@@ -112,7 +141,9 @@ def curves(results: Results, arms: Sequence[Arm], title: str, path: Path) -> str
         values = np.array([row["curve"][METRIC][:length] for row in rows])
         epochs = np.arange(1, length + 1)
         style = ("-", "--", "-.", ":")[i % 4]
-        (line,) = axes.plot(epochs, values.mean(0), style, label=f"{arm.name} ({len(rows)} seeds)")
+        (line,) = axes.plot(
+            epochs, values.mean(0), style, label=f"{arm.name} ({len(rows)} seed{'s' * (len(rows) > 1)})"
+        )
         axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="epoch", ylabel=f"validation {METRIC}", title=title)
     axes.grid(axis="y", alpha=0.3)
@@ -167,27 +198,13 @@ def _missing(results: Results, out: Path) -> list[str]:
 
 def _optimisation(results: Results, out: Path) -> list[str]:
     arms = _of("optimisation", "ml100k")
-    published = arms[0]
+    first = next((arm for arm in arms if results.of(arm)), arms[0])
     best = sorted(
         (arm for arm in arms if results.of(arm)), key=lambda arm: -mean(r["valid"][METRIC] for r in results.of(arm))
     )
-    lines = table(results, best, lambda arm: published, "published")
-    level = mean(r["valid"][METRIC] for r in results.of(published)) if results.of(published) else 0.0
-    lines += [
-        f"Epochs and seconds until the validation {METRIC} first reaches the published plan's best ({level:.4f}):",
-        "",
-        "| arm | seeds that reach it | epochs | seconds |",
-        "|---|---|---|---|",
-    ]
-    for arm in best:
-        reached = []
-        for row in results.of(arm):
-            first = next((i for i, value in enumerate(row["curve"][METRIC]) if value >= level), None)
-            if first is not None:
-                reached.append((first + 1, sum(row["seconds_curve"][: first + 1])))
-        said = f"{mean(e for e, _ in reached):.0f} | {mean(s for _, s in reached):.1f}" if reached else "– | –"
-        lines.append(f"| {arm.name} | {len(reached)} of {len(results.of(arm))} | {said} |")
-    return [*lines, "", *commands(results, arms)]
+    lines = table(results, [*best, *(arm for arm in arms if arm not in best)], lambda arm: first, first.name)
+    lines += reaching(results, best, first, 1.0)
+    return [*lines, *commands(results, arms)]
 
 
 def _transfer(results: Results, out: Path) -> list[str]:
@@ -206,12 +223,16 @@ def _transfer(results: Results, out: Path) -> list[str]:
         main = [arm for arm in arms if arm.name.startswith(("scratch, with", "pre-trained, with"))]
         lines += [f"### {source} → {domain}", ""]
         lines += table(results, arms, scratch, "scratch")
+        for kind in ("with ID", "without ID"):
+            lines += reaching(
+                results, [a for a in main if a.name.endswith(f", {kind}")], named[f"scratch, {kind}"], 0.95
+            )
         lines += [curves(results, main, f"{source} → {domain}", out.with_name(f"{out.stem}-{domain}.svg")), ""]
         lines += commands(results, arms)
     return lines
 
 
-SECTIONS = {"time": _time, "missing": _missing, "optimisation": _optimisation, "transfer": _transfer}
+SECTIONS = (_time, _missing, _optimisation, _transfer)
 
 
 def page(folder: Path, out: Path) -> None:
@@ -221,7 +242,8 @@ def page(folder: Path, out: Path) -> None:
     finished = [row for rows in results.rows.values() for row in rows.values()]
     machines = sorted({f"{row['device']}, torch {row['torch']}" for row in finished})
     processes = sorted({row["processes"] for row in finished})
-    lines = ["# Measurements", "", FINDINGS["start"], ""]
+    start, *texts = FINDINGS.read_text(encoding="utf-8").split("\n## ")
+    lines = ["# Measurements", "", start.strip(), ""]
     together = " or ".join(map(str, processes))
     lines += [
         f"{len(finished)} fine-tunings on {' and '.join(machines)}, {together} at a time on one GPU: seconds compare "
@@ -230,9 +252,7 @@ def page(folder: Path, out: Path) -> None:
         f"curve and metrics of each row: `{out.stem}.jsonl`.",
         "",
     ]
-    for name, section in SECTIONS.items():
-        title, text = FINDINGS[name]
-        lines += [f"## {title}", "", text, "", *section(results, out)]
+    for text, section in zip(texts, SECTIONS, strict=True):
+        lines += [f"## {text.strip()}", "", *section(results, out)]
     out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    rows = [row for row in results.raw if "error" not in row]
-    out.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in results.raw), encoding="utf-8")

@@ -128,7 +128,7 @@ def train(job: Job, device: str, deadline: float, source: str | None, more: tupl
             workspace, dataset, settings, pretrained=source or "none", time_is_set=True, reporter=reporter
         )
     except UserError as error:
-        return {"arm": job.arm, "seed": job.seed, "error": error.problems[0]}
+        return {"arm": job.arm, "seed": job.seed, "error": error.problems[0][:100]}
     run = Run(workspace.runs / "finetune" / dataset.name / result["run"])
     epochs = run.epochs
     best = result["best_epoch"]
@@ -192,7 +192,7 @@ class Workers:
             try:
                 row = future.result()
             except Exception as error:
-                row = {"arm": job.arm, "seed": job.seed, "error": str(error).splitlines()[0]}
+                row = {"arm": job.arm, "seed": job.seed, "error": str(error).splitlines()[0][:100]}
                 worker.shutdown(wait=False)
                 worker = self._new()
             self.idle.append(worker)
