@@ -95,6 +95,36 @@ def test_the_comparison_of_the_baselines_ends_in_a_table_with_its_commands(works
 
 
 @pytest.mark.slow
+def test_the_studies_end_in_a_page_with_intervals_and_commands(workspace, make_domain, tmp_path):
+    for seed, name in enumerate(("industrial", "magazine")):
+        make_domain(name, seed=seed, users=30)
+        out = tmp_path / f"{name}.npz"
+        words = ["prepare", workspace.root, name, "--encoder", "test", "--out", out]
+        subprocess.run([sys.executable, EXAMPLES / "benchmarks" / "baselines.py", *map(str, words)], check=True)
+    script, rows = EXAMPLES / "studies" / "study.py", tmp_path / "rows"
+    small = {"hidden_size": 16, "inner_size": 16, "head_dim": 8, "n_groups": 1, "d_state": 4}
+    sets = [f"--set=model.{name}={value}" for name, value in small.items()]
+    sets += ["--set=finetune.epochs=2", "--set=pretrain.epochs=1"]
+    arms = ["time-magazine-none:1,2", "time-magazine-published:1,2", "transfer-magazine-pre-trained,_with_"]
+    words = [tmp_path / "industrial.npz", tmp_path / "magazine.npz", "--out", rows, "--workspace", tmp_path / "ws"]
+    words += ["--processes", 1, "--device", "cpu", "--seconds", 150, *sets, "--arms", *arms]
+    subprocess.run([sys.executable, script, "run", *map(str, words)], check=True, timeout=200)
+    page = tmp_path / "docs" / "measurements.md"
+    subprocess.run([sys.executable, script, "page", rows, "--out", page], check=True)
+    text = page.read_text()
+    kept = [json.loads(line) for line in page.with_suffix(".jsonl").read_text().splitlines()]
+    assert sorted((r["arm"], r["seed"]) for r in kept if "arm" in r) == [
+        *(("time-magazine-none", seed) for seed in (1, 2)),
+        *(("time-magazine-published", seed) for seed in (1, 2)),
+        ("transfer-magazine-pre-trained,_with_ID", 1),
+    ]
+    assert "| published | 2 |" in text
+    assert "mmm4rec pretrain --domain industrial --seed 1" in text
+    assert "mmm4rec finetune --domain magazine --pretrained RUN --seed 1" in text
+    assert page.with_name("measurements-magazine.svg").stat().st_size > 1000
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_the_encoding_gives_the_loops_vectors(tmp_path):
     script, out = EXAMPLES / "benchmarks" / "embed.py", tmp_path / "out.jsonl"
     sizes = ["--items", "80", "--pictures", "70", "--loop-items", "65", "--side", "60", "--tiny"]

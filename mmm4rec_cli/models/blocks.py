@@ -67,8 +67,21 @@ class StateSpace(nn.Module):
         self.norm = RMSGate(inner)
         self.out_proj = Linear(inner, config.hidden_size)
         self.time: TimeFactor | None = None
-        if config.time != "none":
+        if config.has_time_streams:
             self.time = TimeFactor(heads, config.max_len, config.d_conv, config.time_dropout)
+        self.gap_power = nn.Parameter(torch.zeros(heads)) if config.time == "decay" else None
+
+    def paced(self, projected_nSC: Tensor, gap_S: Tensor | None) -> Tensor:
+        """The in-projection, whose last H columns are the raw step sizes, with the gaps' part of these.
+
+        Behind softplus, whose values are small, a head's step size is then about exp(power u) times as long, which is a
+        power of the gap: the state decays by elapsed time. At the start all powers are 0.
+        """
+        if self.gap_power is None or gap_S is None:
+            return projected_nSC
+        heads = len(self.gap_power)
+        step_nSH = projected_nSC[..., -heads:] + (gap_S[:, None] * self.gap_power).to(projected_nSC.dtype)
+        return torch.cat([projected_nSC[..., :-heads], step_nSH], -1)
 
     def scan(
         self,
@@ -164,14 +177,17 @@ class SSD(StateSpace):
         inner, states = config.expand * config.hidden_size, config.n_groups * config.d_state
         self.in_proj = Linear(config.hidden_size, 2 * inner + 2 * states + config.n_heads)
         self.conv = CausalConv(inner + 2 * states, config.d_conv)
-        if config.time != "none":
+        if config.has_time_streams:
             self.time_gate = nn.Linear(config.max_len, config.max_len if config.point_time_gate else 1)
             self.time_norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
 
-    def forward(self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places, gap_S: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The block's output [n, S, D] and the next time streams."""
         w_MBHT, following_MBHT = self.stage(streams_MBHT)
-        out_nSD = self.scan(self.in_proj(u_nSD), self.conv.weight, self.conv.bias, w_MBHT, places)
+        projected = self.paced(self.in_proj(u_nSD), gap_S)
+        out_nSD = self.scan(projected, self.conv.weight, self.conv.bias, w_MBHT, places)
         return out_nSD, following_MBHT
 
     def stage(self, streams_MBHT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -183,7 +199,9 @@ class SSD(StateSpace):
         staged: tuple[Tensor, Tensor] = self.time(streams_MBHT, gate)
         return staged
 
-    def tail(self, u_SD: Tensor, w_1BHT: Tensor | None, places: Places, count: int) -> Tensor:
+    def tail(
+        self, u_SD: Tensor, w_1BHT: Tensor | None, places: Places, count: int, gap_S: Tensor | None = None
+    ) -> Tensor:
         """The block's output for one stream at the last `count` places of each user, [B, count, D]."""
         inner, heads = self.norm.weight.shape[0], self.D.shape[0]
         states = (self.conv.weight.shape[0] - inner) // 2
@@ -194,7 +212,7 @@ class SSD(StateSpace):
         reach = count + self.conv.weight.shape[1] - 1
         u_BMD = places.tails(u_SD, reach)
         projected = CrossProjections(
-            xBdt=linear(u_SD, torch.cat([w_xB, w_dt]), torch.cat([b_xB, b_dt])),
+            xBdt=self.paced(linear(u_SD, torch.cat([w_xB, w_dt]), torch.cat([b_xB, b_dt])), gap_S),
             z=linear(u_BMD[:, -count:], w_z, b_z),
             C=linear(u_BMD, w_C, b_C) * places.inside(reach),
         )
@@ -214,7 +232,13 @@ class CrossSSD(StateSpace):
         self.q_conv = CausalConv(states, config.d_conv)
 
     def forward(
-        self, q_SD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places, rows: Tensor | None = None
+        self,
+        q_SD: Tensor,
+        u_SD: Tensor,
+        stream_BHT: Tensor | None,
+        places: Places,
+        gap_S: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The block's output [S, D], or at some rows alone; its time stream ends here."""
         if rows is None:
@@ -223,10 +247,19 @@ class CrossSSD(StateSpace):
             # The kernels want a gate for every place; where nobody reads the output, it is closed.
             z_BE = self.z_in_proj(q_SD.index_select(0, rows) + u_SD.index_select(0, rows))
             z_SE = z_BE.new_zeros(q_SD.shape[0], z_BE.shape[1]).index_copy(0, rows, z_BE)
-        projected = CrossProjections(xBdt=self.u_in_proj(u_SD)[None], z=z_SE[None], C=self.q_in_proj(q_SD)[None])
+        xBdt_SC = self.paced(self.u_in_proj(u_SD), gap_S)
+        projected = CrossProjections(xBdt=xBdt_SC[None], z=z_SE[None], C=self.q_in_proj(q_SD)[None])
         return self.scan(projected, *self._convolution(), self._factor(stream_BHT), places, rows)[0]
 
-    def tail(self, q_BJD: Tensor, u_SD: Tensor, u_BD: Tensor, stream_BHT: Tensor | None, places: Places) -> Tensor:
+    def tail(
+        self,
+        q_BJD: Tensor,
+        u_SD: Tensor,
+        u_BD: Tensor,
+        stream_BHT: Tensor | None,
+        places: Places,
+        gap_S: Tensor | None = None,
+    ) -> Tensor:
         """The block's output at each user's last place, [B, D].
 
         Args:
@@ -235,9 +268,10 @@ class CrossSSD(StateSpace):
             u_BD: the same at the last places.
             stream_BHT: the joint time stream.
             places: where the rows lie.
+            gap_S: what paces the scan, if anything does.
         """
         projected = CrossProjections(
-            xBdt=self.u_in_proj(u_SD),
+            xBdt=self.paced(self.u_in_proj(u_SD), gap_S),
             z=self.z_in_proj(q_BJD[:, -1:] + u_BD[:, None]),
             C=self.q_in_proj(q_BJD) * places.inside(q_BJD.shape[1]),
         )
@@ -288,18 +322,30 @@ class CrossModalLayer(nn.Module):
         self.image_norm = norm()
         self.cross_ssd = CrossSSD(config)
         self.cross_norm, self.image_ffn = norm(), feed_forward()
-        self.filter = FourierFilter(config.max_len) if config.time != "none" else None
+        self.filter = FourierFilter(config.max_len) if config.has_time_streams else None
         self.dropout = config.dropout
 
     def forward(
-        self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places
+        self,
+        image_SD: Tensor,
+        text_SD: Tensor,
+        streams_MBHT: Tensor | None,
+        places: Places,
+        gap_S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """New image [S, D], new text [S, D], new time streams (unfiltered)."""
-        query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places)
-        out_SD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places)
+        """New image [S, D], new text [S, D], new time streams (unfiltered); `gap_S` paces the scans."""
+        query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
+        out_SD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S)
         return self._joined(out_SD, query_SD, text_SD), text_SD, streams_MBHT
 
-    def last(self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places) -> Tensor:
+    def last(
+        self,
+        image_SD: Tensor,
+        text_SD: Tensor,
+        streams_MBHT: Tensor | None,
+        places: Places,
+        gap_S: Tensor | None = None,
+    ) -> Tensor:
         """New image [B, D] at each user's last place, all that a model reads of its last layer.
 
         Nothing is computed that only other places would need: on the CPU in every block, on a GPU behind the scans,
@@ -307,29 +353,28 @@ class CrossModalLayer(nn.Module):
         """
         last_B = places.last_B
         if image_SD.device.type not in TAILS_ON:
-            query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places)
-            out_BD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places, rows=last_B)
+            query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
+            out_BD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S, rows=last_B)
             return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
         w_MBHT, following_MBHT = self.ssd.stage(streams_MBHT)
         w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
-        out_SD = self.ssd.scan(
-            self.ssd.in_proj(text_SD)[None], self.ssd.conv.weight, self.ssd.conv.bias, w_text, places
-        )[0]
+        projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
+        out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places)[0]
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
         text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
         count = self.cross_ssd.q_conv.weight.shape[1]
-        out_BJD = self.ssd.tail(image_SD, w_image, places, count)
+        out_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
         query_BJD = self.image_norm(out_BJD, residual=places.tails(image_SD, count), **drop)
         text_BD = text_SD.index_select(0, last_B)
-        out_BD = self.cross_ssd.tail(query_BJD, text_SD, text_BD, self._joint(following_MBHT), places)
+        out_BD = self.cross_ssd.tail(query_BJD, text_SD, text_BD, self._joint(following_MBHT), places, gap_S)
         return self._joined(out_BD, query_BJD[:, -1], text_BD)
 
     def _selves(
-        self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places
+        self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places, gap_S: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Each stream through the self block and its norm, the text also through its feed-forward."""
         items_nSD = torch.stack([image_SD, text_SD])
-        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places)
+        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places, gap_S)
         # Both modalities' residual and norm at once, each with its own weights.
         weight, bias = (torch.stack([getattr(m, k) for m in (self.image_norm, self.text_norm)]) for k in PARTS)
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training}

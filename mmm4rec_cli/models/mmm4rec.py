@@ -15,7 +15,7 @@ from mmm4rec_cli.models import published
 from mmm4rec_cli.models.blocks import CrossModalLayer, Linear, Norm
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.places import Places
-from mmm4rec_cli.models.time_stream import ObservedGaps, PublishedGaps
+from mmm4rec_cli.models.time_stream import GapBuckets, ObservedGaps, PublishedGaps, log_gaps
 from mmm4rec_cli.settings.schema import ModelSettings
 from mmm4rec_kernels import Order, lookup, order_of
 
@@ -42,12 +42,22 @@ class ModalityInput(nn.Module):
         rows, width = features_VF.shape
         self.features: Tensor
         self.missing_rows: Tensor | None
+        if config.feature_scale == "unit":
+            features_VF = F.normalize(features_VF, dim=-1)
         self.register_buffer("features", features_VF, persistent=False)
         self.register_buffer("missing_rows", missing_V, persistent=False)
         if missing_V is not None:
             present = features_VF[1:][~missing_V[1:]]
             start = present.mean(0) if len(present) else torch.zeros(width, dtype=features_VF.dtype)
             self.missing = nn.Parameter(start)
+        # Kept with the weights, so that other items and other domains meet the scale that was trained with.
+        self.shift: Tensor | None
+        self.scale: Tensor | None
+        shift = scale = None
+        if config.feature_scale == "standard":
+            shift, scale = _column_scale(features_VF)
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
         self.adapter = Linear(width, config.hidden_size)
         self.item_bias = nn.Parameter(torch.zeros(rows, config.hidden_size)) if config.item_bias else None
         self.norm = Norm(config.hidden_size, eps=config.norm_eps)
@@ -59,6 +69,8 @@ class ModalityInput(nn.Module):
         if self.missing_rows is not None:
             rows = self.missing_rows if items is None else self.missing_rows[items]
             features = torch.where(rows[..., None], self.missing, features)
+        if self.shift is not None and self.scale is not None:
+            features = (features - self.shift) * self.scale
         vectors: Tensor = self.adapter(features)
         if self.item_bias is not None:
             vectors = vectors + (self.item_bias if items is None else F.embedding(items, self.item_bias))
@@ -72,6 +84,15 @@ class ModalityInput(nn.Module):
         """The stream's start [S, D]."""
         out: Tensor = self.norm(vectors_SD, p=self.dropout, training=self.training)
         return out
+
+
+def _column_scale(features_VF: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [F] and 1 / deviation [F] over the rows that are not all zero; a constant column keeps its scale."""
+    present = features_VF[features_VF.any(-1)].double()
+    if len(present) < 2:
+        return torch.zeros_like(features_VF[0]), torch.ones_like(features_VF[0])
+    deviation, mean = torch.std_mean(present, 0)
+    return mean.to(features_VF), torch.where(deviation > 0, 1 / deviation, 1.0).to(features_VF)
 
 
 class MMM4Rec(SequenceModel):
@@ -112,6 +133,7 @@ class MMM4Rec(SequenceModel):
             self.gaps = PublishedGaps(config.max_len, config.time_dropout, config.norm_eps)
         elif config.time == "observed":
             self.gaps = ObservedGaps(config.max_len, config.time_dropout)
+        self.buckets = GapBuckets(config.hidden_size) if config.time == "buckets" else None
         self.layers = nn.ModuleList(CrossModalLayer(config) for _ in range(config.num_layers))
         self.fusion_weight: nn.Parameter | None = None
         if config.fusion != "static":
@@ -144,10 +166,10 @@ class MMM4Rec(SequenceModel):
             raise ValueError(f"items_BL must be [B, {self.config.max_len}] (max_len), got {tuple(items_BL.shape)}")
         places = Places.padded(lengths_B, self.config.max_len)
         image_SD, text_SD = self._rows(places.ids(items_BL))
+        image_SD, text_SD, gap_S = self._starts(image_SD, text_SD, timestamps_BL, lengths_B, places)
         streams_MBHT = self._streams(timestamps_BL, lengths_B)
-        image_SD, text_SD = self.image(image_SD), self.text(text_SD)
         for layer in self.layers:
-            image_SD, text_SD, streams_MBHT = layer(image_SD, text_SD, streams_MBHT, places)
+            image_SD, text_SD, streams_MBHT = layer(image_SD, text_SD, streams_MBHT, places, gap_S)
         user_BD: Tensor = image_SD.index_select(0, places.last_B)
         return user_BD
 
@@ -197,13 +219,27 @@ class MMM4Rec(SequenceModel):
 
     def _last(self, windows: Windows, places: Places, image_SD: Tensor, text_SD: Tensor) -> Tensor:
         """User vectors [B, D] from the item vectors of the places."""
-        streams_MBHT = self._streams(windows.timestamps_BT, windows.lengths_B)
-        image_SD, text_SD = self.image(image_SD), self.text(text_SD)
+        timestamps_BT, lengths_B = windows.timestamps_BT, windows.lengths_B
+        image_SD, text_SD, gap_S = self._starts(image_SD, text_SD, timestamps_BT, lengths_B, places)
+        streams_MBHT = self._streams(timestamps_BT, lengths_B)
         for layer in self.layers[:-1]:
-            image_SD, text_SD, streams_MBHT = layer(image_SD, text_SD, streams_MBHT, places)
+            image_SD, text_SD, streams_MBHT = layer(image_SD, text_SD, streams_MBHT, places, gap_S)
         final = self.layers[-1]
         assert isinstance(final, CrossModalLayer)
-        return final.last(image_SD, text_SD, streams_MBHT, places)
+        return final.last(image_SD, text_SD, streams_MBHT, places, gap_S)
+
+    def _starts(
+        self, image_SD: Tensor, text_SD: Tensor, timestamps_BT: Tensor, lengths_B: Tensor, places: Places
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What enters the first layer, image and text [S, D], and the gaps [S] that pace its scans, if they do."""
+        image_SD, text_SD = self.image(image_SD), self.text(text_SD)
+        if self.buckets is not None:
+            gap_SD = places.rows(self.buckets(timestamps_BT, lengths_B))
+            image_SD, text_SD = image_SD + gap_SD, text_SD + gap_SD
+        if self.config.time != "decay":
+            return image_SD, text_SD, None
+        gap_S = places.rows(log_gaps(timestamps_BT, lengths_B)[..., None]).squeeze(-1)
+        return image_SD, text_SD, gap_S.to(image_SD.dtype)
 
     def _streams(self, timestamps_BL: Tensor, lengths_B: Tensor) -> Tensor | None:
         """Time streams [M, B, H, T] of image and text; without dropout they are equal, and there is one."""

@@ -7,6 +7,7 @@ Letters: M streams (image and text, or one for both where dropout does not tell 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmm4rec_kernels import (
@@ -80,17 +81,44 @@ class ObservedGaps(nn.Module):
 
     def gaps(self, timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """U [B, T], 0 where there is no gap between two observed events."""
-        seconds_BT = torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).clamp(min=0)
-        u_BT = (torch.log1p(seconds_BT.to(torch.float64)) - self.centre) / self.spread
-        place_T = torch.arange(timestamps_BT.shape[1], device=timestamps_BT.device)
-        real_BT = (place_T > 0) & (place_T < lengths_B[:, None])
-        return torch.where(real_BT, u_BT, 0.0).to(self.weight.dtype)
+        return log_gaps(timestamps_BT, lengths_B).to(self.weight.dtype)
 
     def forward(self, gaps_MBT: Tensor, lengths_B: Tensor) -> Tensor:
         """One draw a stream [M, B, T]."""
         place_T = torch.arange(gaps_MBT.shape[-1], device=gaps_MBT.device)
         stream_MBT = torch.addcmul(self.bias, self.dropout(gaps_MBT), self.weight)
         return torch.where(place_T < lengths_B[:, None], stream_MBT, 0.0)
+
+
+def log_gaps(timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """U [B, T], float64, of the gaps between observed events as in `ObservedGaps`; 0 where there is none."""
+    seconds_BT = torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).clamp(min=0)
+    u_BT = (torch.log1p(seconds_BT.to(torch.float64)) - ObservedGaps.centre) / ObservedGaps.spread
+    return torch.where(_has_gap(timestamps_BT, lengths_B), u_BT, 0.0)
+
+
+def _has_gap(timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    place_T = torch.arange(timestamps_BT.shape[1], device=timestamps_BT.device)
+    return (place_T > 0) & (place_T < lengths_B[:, None])
+
+
+class GapBuckets(nn.Module):
+    """A trained vector a range of gaps [K, D], 0 at the start: two ranges for every doubling of 1 + seconds.
+
+    Range 0 is "no gap": the first event of a history and the places behind the last.
+    """
+
+    ranges = 64
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(self.ranges, width))
+
+    def forward(self, timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """[B, T, D]."""
+        seconds_BT = torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).clamp(min=0)
+        range_BT = 1 + (2 * torch.log2(1 + seconds_BT.to(torch.float64))).long().clamp(max=self.ranges - 2)
+        return F.embedding(torch.where(_has_gap(timestamps_BT, lengths_B), range_BT, 0), self.weight)
 
 
 class TimeFactor(nn.Module):

@@ -172,9 +172,16 @@ class ModelSettings(Section):
     fusion: Literal["static", "shared", "instance"] = Field(
         "static", description="text and image scores: sum, two shared trained weights, two trained weights an item"
     )
-    time: Literal["observed", "published", "none"] = Field(
+    time: Literal["observed", "published", "none", "buckets", "decay"] = Field(
         "observed",
-        description="time streams: gaps between observed events; as published (reads the target's own time); none",
+        description="how gaps between events enter: time streams of observed gaps; time streams as published (read the "
+        "target's own time); none; buckets: a trained vector a range of gaps, added to the items; decay: each head's "
+        "step size times a trained power of the gap",
+    )
+    feature_scale: Literal["none", "unit", "standard"] = Field(
+        "none",
+        description="item vectors before the adapter: as they are, at length 1, or every column at mean 0 and "
+        "deviation 1 over the items",
     )
     feed_forward: bool = Field(True, description="feed-forward block after each SSD block")
     point_time_gate: bool = Field(False, description="time gate a place instead of one a sequence")
@@ -196,6 +203,11 @@ class ModelSettings(Section):
         """Heads of the SSD."""
         return self.expand * self.hidden_size // self.head_dim
 
+    @property
+    def has_time_streams(self) -> bool:
+        """Whether gaps run through the layers as streams of their own (paper section 4)."""
+        return self.time in ("observed", "published")
+
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         inner = self.expand * self.hidden_size
@@ -213,7 +225,21 @@ class Optimisation(Section):
     optimizer: Literal["nadam", "adam"] = Field("nadam", description="NAdam, or Adam as the published baselines")
     lr: float = Field(1e-4, gt=0, description="learning rate")
     lr_decay: float = Field(1.0, gt=0, le=1, description="the learning rate is multiplied by it after every epoch")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="the learning rate stays, or falls to 0 over `epochs` along half a cosine or a line"
+    )
+    warmup: float = Field(0.0, ge=0, description="epochs over which the learning rate rises from 0 to `lr`")
     weight_decay: float = Field(0.005, ge=0, description="L2 added to the gradient")
+    decayed: Literal["all", "matrices"] = Field(
+        "all",
+        description="what weight decay acts on: everything (as published), or matrices and taps, not item biases, "
+        "other biases, norms and the numbers of the scan",
+    )
+    average: Probability = Field(
+        0.0,
+        description="what an exponential mean of the weights over the steps keeps at a step; the mean is then "
+        "validated and kept in their place; 0: no mean",
+    )
     momentum_decay: float = Field(0.004, ge=0, description="NAdam's momentum decay")
     batch_size: int = Field(1024, ge=1, description="targets a micro-batch")
     accumulation: int = Field(8, ge=1, description="micro-batches an optimiser step")
@@ -233,6 +259,9 @@ class PretrainSettings(Optimisation):
     """Pre-training on many domains, in-batch loss."""
 
     lr: float = Field(2.5e-4, gt=0, description="learning rate")
+    loss: Literal["in_batch", "full"] = Field(
+        "in_batch", description="softmax over the labels of the micro-batch, or over the whole catalogue"
+    )
     save_every: int = Field(5, ge=1, description="epochs between kept copies of the weights")
     seeded: bool = Field(True, description="protocol: runtime.seed is set before pre-training (published: not)")
 
@@ -250,6 +279,14 @@ class FinetuneSettings(Optimisation):
     negatives: int = Field(
         4096, ge=1, description="sampled loss: items drawn uniformly for each micro-batch, beside its labels"
     )
+    transfer: Literal["all", "adapters", "blocks"] = Field(
+        "all",
+        description="what is taken from pre-trained weights: all that is not bound to an item; the adapters and their "
+        "norms; all but these",
+    )
+    frozen_epochs: int = Field(
+        0, ge=0, description="first epochs in which the adapters keep the values that were taken over"
+    )
     patience: int = Field(10, ge=1, description="epochs below the best validation score until the run stops")
     metric: str = Field(
         "NDCG@10", pattern=r"^(Hit|NDCG)@[1-9][0-9]*$|^MRR$", description="validation metric that chooses the epoch"
@@ -257,6 +294,12 @@ class FinetuneSettings(Optimisation):
     shuffle_validation: bool = Field(
         False, description="protocol: validation order is drawn from the training's random stream (published)"
     )
+
+    @model_validator(mode="after")
+    def _averages_all(self) -> Self:
+        if self.average and self.loss == "sampled":
+            raise ValueError("average must be 0 with loss = sampled, whose item biases have no mean over the steps")
+        return self
 
 
 class EvaluateSettings(Section):

@@ -21,7 +21,7 @@ from mmm4rec_cli.runs import Run, load_weights, read_weights
 from mmm4rec_cli.settings.schema import Settings
 from mmm4rec_cli.training.loop import Task, fit
 from mmm4rec_cli.training.start import identity, machine, open_run, seed_run, training_in
-from mmm4rec_cli.training.transfer import Source, choose_source, transfer
+from mmm4rec_cli.training.transfer import Source, choose_source, frozen_parameters, transfer
 from mmm4rec_cli.workspace import Workspace
 from mmm4rec_cli.world import World, join
 
@@ -56,14 +56,40 @@ def finetune(
         RunError: weights or the run to resume do not fit, or the loss stopped being finite.
     """
     check_model(model)
+    dataset = load_dataset(workspace, [domain], encoder_name(settings.features))
+    return finetune_on(
+        workspace,
+        dataset,
+        settings,
+        model=model,
+        pretrained=pretrained,
+        seeds=seeds,
+        time_is_set=time_is_set,
+        resume=resume,
+        reporter=reporter,
+    )
+
+
+def finetune_on(
+    workspace: Workspace,
+    dataset: Dataset,
+    settings: Settings,
+    *,
+    model: str = "mmm4rec",
+    pretrained: str | None = None,
+    seeds: Sequence[int] = (),
+    time_is_set: bool = False,
+    resume: Run | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """As `finetune`, on a data set that is at hand; runs lie in the workspace all the same."""
     device = resolve_device(settings.runtime.device)
     world = join(device)
     reporter = reporter or SilentReporter()
-    dataset = load_dataset(workspace, [domain], encoder_name(settings.features))
     split = dataset.sequences.split(settings.data.split, settings.data.split_share)
     if not len(split.train):
         raise DataError(
-            f"{domain} holds no training example: no user has two interactions to train on",
+            f"{dataset.name} holds no training example: no user has two interactions to train on",
             hint="add data, or raise data.min_user",
         )
     seeds = list(dict.fromkeys(seeds)) or [settings.runtime.seed]
@@ -156,7 +182,7 @@ def _finetune(
                 hint="use --set finetune.loss=in_batch or full, or --model mmm4rec",
             )
         if source is not None:
-            transfer(network, source, log)
+            transfer(network, source, log, plan.transfer)
         network.to(device)
 
         def validate() -> dict[str, float]:
@@ -174,6 +200,8 @@ def _finetune(
             validate=validate,
             metric=plan.metric,
             patience=plan.patience,
+            frozen=() if source is None else frozen_parameters(network),
+            frozen_epochs=plan.frozen_epochs,
         )
         progress = fit(
             network,

@@ -7,7 +7,8 @@ computes its part, the gradients are added up before a step, and all take the sa
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mmm4rec_cli.runs import Run, save_weights
 from mmm4rec_cli.settings.schema import Optimisation, RuntimeSettings
 from mmm4rec_cli.training.delivery import Delivery
 from mmm4rec_cli.training.interrupt import Interruption, kept_signals
-from mmm4rec_cli.training.optimizer import FlatParameters, optimizer_of
+from mmm4rec_cli.training.optimizer import FlatParameters, is_matrix, optimizer_of
 from mmm4rec_cli.training.sampled import ItemTables, SampledGradients
 from mmm4rec_cli.training.state import Progress, load_state, save_state
 from mmm4rec_cli.training.step import Gradients, MicroBatch, ShardedGradients
@@ -56,6 +57,27 @@ class Task:
     """Epochs below the best until training stops."""
     save_every: int = 0
     """Keep a copy of the weights every so many epochs (0: never)."""
+    frozen: Collection[str] = ()
+    """Parameters that stay as they are for the first epochs."""
+    frozen_epochs: int = 0
+    """How many."""
+
+
+def learning_rate(plan: Optimisation, epoch: int, share: float) -> float:
+    """The learning rate where `share` (0 to 1) of the epoch after `epoch` whole ones is done.
+
+    A function of the place alone, so that it need not be saved. The fall goes on from the start to the end of
+    `epochs`, also during the warm-up, and is multiplied with it.
+    """
+    rate = plan.lr * plan.lr_decay**epoch
+    done = epoch + share
+    if done < plan.warmup:
+        rate *= done / plan.warmup
+    if plan.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * done / plan.epochs))
+    elif plan.schedule == "linear":
+        rate *= 1 - done / plan.epochs
+    return rate
 
 
 def epoch_targets(sequences: Sequences, task: Task, seed: int, epoch: int) -> Tensor:
@@ -111,8 +133,20 @@ class Trainer:
         tables = {name: own[name] for name in model.item_rows if name in own} if task.negatives else {}
         self.parameters = FlatParameters(model, apart=tables)
         self.device = self.parameters.values.device
-        self.optimizer = optimizer_of(self.parameters.values, task.optimisation)
-        self.tables = ItemTables(tables, task.optimisation) if tables else None
+        plan = task.optimisation
+        self.decay: Tensor | None = None
+        """Weight decay of each value, where it is not that of the optimiser."""
+        if plan.decayed == "matrices" and plan.weight_decay:
+            self.decay = self.parameters.marked(is_matrix) * plan.weight_decay
+        self.optimizer = optimizer_of(self.parameters.values, plan, decays=self.decay is None)
+        self.average: Tensor | None = self.parameters.values.detach().clone() if plan.average else None
+        """Mean of the values over the steps."""
+        self.averaged_steps = 0
+        self.frozen: Tensor | None = None
+        """Which values stay as they are, bool; set and unset by `fit`."""
+        # The tables hold what is bound to single items, which `decayed = matrices` leaves alone.
+        of_tables = plan if self.decay is None else plan.model_copy(update={"weight_decay": 0.0})
+        self.tables = ItemTables(tables, of_tables) if tables else None
         self.draws = torch.Generator(self.device)
         """Draws the negatives, the same ones in every process; set by `fit` and saved with the state."""
         options: dict[str, Any] = {
@@ -207,8 +241,37 @@ class Trainer:
         self.world.add_up(self.parameters.gradient)
         if self.tables is not None and isinstance(self.gradients, SampledGradients):
             self.tables.step(*self.gradients.take(group), self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
+        self._move()
         return total
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        values, plan = self.parameters.values.detach(), self.task.optimisation
+        if self.decay is not None:
+            self.parameters.gradient.addcmul_(values, self.decay)
+        before = None if self.frozen is None else values.clone()
+        self.optimizer.step()
+        if before is not None and self.frozen is not None:
+            torch.where(self.frozen, before, values, out=values)
+        if self.average is not None:
+            # The mean of the first steps is young: it forgets its start as quickly as it grows.
+            keep = min(plan.average, (1 + self.averaged_steps) / (10 + self.averaged_steps))
+            self.average.lerp_(values, 1 - keep)
+            self.averaged_steps += 1
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The mean of the weights in the place of the weights, if there is one."""
+        if self.average is None:
+            yield
+            return
+        values = self.parameters.values.detach()
+        kept = values.clone()
+        values.copy_(self.average)
+        try:
+            yield
+        finally:
+            values.copy_(kept)
 
     def check(self, loss: Tensor) -> None:
         """Stop on a loss that is not finite (with `stop_on_nonfinite`).
@@ -273,16 +336,19 @@ def train_epoch(
     plan, world = trainer.task.optimisation, trainer.world
     total = torch.full((), progress.loss_sum, dtype=torch.float64, device=trainer.device)
     left = targets[progress.targets_done :]
+    adjust = trainer.optimizer.param_groups
     if progress.targets_done:
         advance(progress.targets_done)
     before: Tensor | None = None
     for group in trainer.groups(left):
+        size = min(plan.batch_size * plan.accumulation, len(targets) - progress.targets_done)
+        middle = (progress.targets_done + size / 2) / len(targets)
+        adjust[0]["lr"] = learning_rate(plan, progress.epoch, middle)
         loss_sum = trainer.step(group)
         if before is not None and trainer.device.type == "cuda":
             trainer.check(before)  # the last group's, so that the GPU always has the next one to do
         before = loss_sum
         total += loss_sum
-        size = min(plan.batch_size * plan.accumulation, len(targets) - progress.targets_done)
         progress.targets_done += size
         advance(size)
         checkpoints.after_step(progress, total)
@@ -328,6 +394,9 @@ def fit(
         checkpoints = Checkpoints(state_file, trainer, runtime.save_minutes, interruption)
         while progress.epoch < plan.epochs and not progress.done:
             epoch = progress.epoch + 1
+            trainer.frozen = None
+            if epoch <= task.frozen_epochs:
+                trainer.frozen = trainer.parameters.marked(lambda name, _: name in task.frozen).bool()
             start = time.perf_counter()
             targets = epoch_targets(sequences, task, progress.order_seed, epoch)
             with reporter.stage(f"epoch {epoch}/{plan.epochs}", len(targets), "targets") as stage:
@@ -338,20 +407,20 @@ def fit(
                     raise
                 row = {"epoch": epoch, "loss": loss, "lr": trainer.optimizer.param_groups[0]["lr"]}
                 row["train_seconds"] = time.perf_counter() - start
-                scores = task.validate() if task.validate else {}
+                with trainer.averaged():
+                    scores = task.validate() if task.validate else {}
                 stage.advance(0, _status(loss, scores, task.metric))
-            for group in trainer.optimizer.param_groups:
-                group["lr"] *= plan.lr_decay
             row |= {"seconds": time.perf_counter() - start, "valid": scores}
             _judge(progress, task, epoch, scores)
             progress.epoch, progress.targets_done, progress.loss_sum = epoch, 0, 0.0
             progress.seconds += row["seconds"]
             progress.history.append(row)
             if book is not None:
-                if progress.best_epoch == epoch:
-                    save_weights(run.weights, model.state_dict())
-                if task.save_every and epoch % task.save_every == 0:
-                    save_weights(run.path / "checkpoints" / f"epoch-{epoch:03d}.safetensors", model.state_dict())
+                with trainer.averaged():
+                    if progress.best_epoch == epoch:
+                        save_weights(run.weights, model.state_dict())
+                    if task.save_every and epoch % task.save_every == 0:
+                        save_weights(run.path / "checkpoints" / f"epoch-{epoch:03d}.safetensors", model.state_dict())
             checkpoints.save(progress)
             if book is not None:
                 book.enter(row)

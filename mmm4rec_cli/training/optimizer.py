@@ -1,6 +1,6 @@
 """NAdam or Adam over all parameters of a model as one tensor."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ class FlatParameters:
 
     def __init__(self, model: nn.Module, apart: Collection[str] = ()) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in apart]
+        self.model, self.apart = model, frozenset(apart)
         sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for _, p in named]
         first = named[0][1]
         self.layout = [(name, p.numel()) for name, p in named]
@@ -38,13 +39,30 @@ class FlatParameters:
             parameter.data = view
             parameter.grad = gradient[: parameter.numel()].view_as(parameter)
 
+    def marked(self, of: Callable[[str, nn.Parameter], bool]) -> torch.Tensor:
+        """A tensor as the values, 1 where `of` says yes to the parameter's name and itself, else 0."""
+        mark = torch.zeros_like(self.gradient)
+        start = self.values.data_ptr()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and name not in self.apart and of(name, parameter):
+                begin = (parameter.data_ptr() - start) // mark.element_size()
+                mark[begin : begin + parameter.numel()] = 1
+        return mark
+
     def clear(self) -> None:
         """Set all gradients to zero."""
         self.gradient.zero_()
 
 
-def optimizer_of(values: nn.Parameter, optimisation: Optimisation) -> torch.optim.Optimizer:
-    """The optimiser that the settings name; weight decay is coupled and acts on everything."""
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether `decayed = matrices` decays it: matrices and taps, not vectors and nothing bound to single items."""
+    return parameter.dim() > 1 and name.rsplit(".", 1)[-1] not in ("item_bias", "fusion_weight")
+
+
+def optimizer_of(values: nn.Parameter, optimisation: Optimisation, *, decays: bool = True) -> torch.optim.Optimizer:
+    """The optimiser that the settings name; weight decay is coupled and acts on everything, or is left to others."""
+    if not decays:
+        optimisation = optimisation.model_copy(update={"weight_decay": 0.0})
     if optimisation.optimizer == "nadam":
         return nadam(values, optimisation)
     return torch.optim.Adam(

@@ -1,4 +1,4 @@
-"""Pre-training on one mix or several domains: in-batch loss over every element, no validation (spec 8)."""
+"""Pre-training on one mix or several domains over every element, no validation (spec 8)."""
 
 import shutil
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmm4rec_cli.data.dataset import load_dataset
+from mmm4rec_cli.data.dataset import Dataset, load_dataset
 from mmm4rec_cli.data.sequences import placed
 from mmm4rec_cli.device import resolve_device
 from mmm4rec_cli.errors import DataError
@@ -37,8 +37,21 @@ def pretrain(
         RunError: the run to resume is of other data, or the loss stopped being finite.
     """
     check_model(model)
-    device = resolve_device(settings.runtime.device)
     dataset = load_dataset(workspace, domains, encoder_name(settings.features))
+    return pretrain_on(workspace, dataset, settings, model=model, resume=resume, reporter=reporter)
+
+
+def pretrain_on(
+    workspace: Workspace,
+    dataset: Dataset,
+    settings: Settings,
+    *,
+    model: str = "mmm4rec",
+    resume: Run | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """As `pretrain`, on a data set that is at hand; runs lie in the workspace all the same."""
+    device = resolve_device(settings.runtime.device)
     targets = dataset.sequences.all_targets()
     if not len(targets):
         raise DataError(f"{dataset.name} holds no user with two interactions", hint="add data")
@@ -58,7 +71,8 @@ def pretrain(
         network = build_model(model, settings.model, dataset.model_features(settings.features.missing)).to(device)
         sequences = placed(dataset.sequences, device, log)
         targets = targets.to(sequences.items_N.device)
-        task = Task("pretrain", plan, targets=targets, in_batch=True, save_every=plan.save_every)
+        in_batch = plan.loss == "in_batch"
+        task = Task("pretrain", plan, targets=targets, in_batch=in_batch, save_every=plan.save_every)
         progress = fit(
             network,
             sequences,

@@ -53,10 +53,12 @@ def save_state(path: Path, trainer: "Trainer", progress: Progress) -> None:
     if trainer.tables is not None:
         tensors |= {f"tables.{name}": table.detach() for name, table in trainer.tables.tables.items()}
         tensors |= {f"tables.{name}": tensor for name, tensor in trainer.tables.state.items()}
+    if trainer.average is not None:
+        tensors["average"] = trainer.average
     document = {**vars(progress), "best_score": None if progress.best_epoch == 0 else progress.best_score}
     document |= {
         "loss_sum": [loss for _, loss in own],
-        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "averaged_steps": trainer.averaged_steps,
         "layout": trainer.layout,
         "processes": world.size,
     }
@@ -86,9 +88,11 @@ def load_state(path: Path, trainer: "Trainer") -> Progress:
         )
     with torch.no_grad():
         parameters.values.copy_(tensors["parameters"])
+        if trainer.average is not None:
+            trainer.average.copy_(tensors["average"])
     state = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
     groups = optimizer.state_dict()["param_groups"]
-    groups[0]["lr"] = document.pop("lr")
+    trainer.averaged_steps = document.pop("averaged_steps", 0)
     optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
     for name in ("step", "mu_product"):
         # Loading casts what belongs to a parameter to its dtype and device; these two are numbers.

@@ -31,6 +31,11 @@ _FREE = {  # fields of the model section in which pre-training and fine-tuning m
     "padding_candidate",
     "mask_duplicate_labels",
 }
+_ADAPTERS = (
+    *("text.adapter.", "image.adapter.", "text.norm.", "image.norm.", "text.shift", "image.shift", "text.scale"),
+    *("image.scale", "text_adapter.", "vision_adapter.", "text_in_layer_norm.", "vision_in_layer_norm."),
+)
+"""Beginnings of the names, ours and the published ones, of what `transfer = adapters` takes over."""
 _MISMATCH = "fine-tune with the pre-training's model settings and encoder, or with --pretrained none"
 
 
@@ -115,21 +120,36 @@ def _of_run(run: Run) -> Source:
     return Source(label=run.id, weights=run.weights, published=False)
 
 
-def transfer(model: SequenceModel, source: Source, reporter: Reporter) -> None:
+def frozen_parameters(model: SequenceModel) -> list[str]:
+    """The adapters, which `frozen_epochs` keeps as they were taken over."""
+    return [name for name, _ in model.named_parameters() if name.startswith(("text.adapter.", "image.adapter."))]
+
+
+def _wanted(name: str, what: str) -> bool:
+    return what == "all" or name.startswith(_ADAPTERS) == (what == "adapters")
+
+
+def transfer(model: SequenceModel, source: Source, reporter: Reporter, what: str = "all") -> None:
     """Take over the source's weights and say which names were kept, dropped and left at their start values.
 
     Item biases, per-item or shared fusion weights and feature tables stay behind; so do layers that the model does not
     have. Layers that the source does not have keep their random start.
 
+    Args:
+        model: takes the weights.
+        source: where they lie.
+        reporter: told the names.
+        what: `all`, `adapters` (with their norms) or `blocks` (all but these).
+
     Raises:
         RunError: a tensor of another shape, or nothing to take over.
     """
     if source.published:
-        kept, dropped, fresh = _transfer_published(model, source.weights)
+        kept, dropped, fresh = _transfer_published(model, source.weights, what)
     else:
         weights = read_weights(source.weights)
         own = model.state_dict()
-        given = {name: tensor for name, tensor in weights.items() if name not in _DROPPED}
+        given = {name: tensor for name, tensor in weights.items() if name not in _DROPPED and _wanted(name, what)}
         taken = {name: tensor for name, tensor in given.items() if name in own}
         wrong = [
             f"{name}: {source.label} holds {[*tensor.shape]}, the model takes {[*own[name].shape]}"
@@ -148,11 +168,11 @@ def transfer(model: SequenceModel, source: Source, reporter: Reporter) -> None:
             reporter.note(f"{what}: {', '.join(_shortened(names))}")
 
 
-def _transfer_published(model: SequenceModel, path: Path) -> tuple[list[str], list[str], list[str]]:
+def _transfer_published(model: SequenceModel, path: Path, what: str) -> tuple[list[str], list[str], list[str]]:
     if not isinstance(model, MMM4Rec):
         raise RunError("published weights are MMM4Rec's", hint="use --model mmm4rec, or --pretrained none")
     weights = read_checkpoint(path)
-    given = {name: tensor for name, tensor in weights.items() if name not in _DROPPED_PUBLISHED}
+    given = {n: tensor for n, tensor in weights.items() if n not in _DROPPED_PUBLISHED and _wanted(n, what)}
     try:
         report = model.load_published(given)
     except ValueError as error:

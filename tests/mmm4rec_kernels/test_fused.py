@@ -285,13 +285,14 @@ def test_block_of_packed_sequences_over_several_tiles():
     agree(block, inputs, groups=1, skip="x", cu_seqlens=offsets, max_length=20)
 
 
-def test_block_of_packed_sequences_that_forget_at_once():
-    # What decays over all of a tile that is not full overflows when taken the wrong way round.
-    inputs = block_inputs("self", 1, 40, heads=2)
-    inputs["A_log_H"] = torch.full((2,), 3.0)
-    inputs["dt_bias_H"] = torch.full((2,), 3.0)
-    offsets = torch.tensor([0, 20, 33, 40], device=DEVICE)
-    agree(block, inputs, groups=2, cu_seqlens=offsets, max_length=20)
+def test_block_of_packed_sequences_that_forget_within_a_place():
+    # A tile reaches behind the last row, and the decays before that add up to far less than 2^-128.
+    inputs = block_inputs("self", 1, 70, heads=2, width=12, groups=1, state=5)
+    inputs.pop("time_factor_BLH")
+    inputs["projected"][..., -2:] *= 10
+    inputs["A_log_H"].fill_(2.5)
+    offsets = torch.tensor([0, 3, 12, 32, 33, 46, 47, 66, 70], device=DEVICE)
+    agree(block, inputs, groups=1, skip="x", cu_seqlens=offsets, max_length=20)
 
 
 def test_block_of_short_sequences_with_lengths():

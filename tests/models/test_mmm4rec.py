@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mmm4rec_cli.device import precision
-from mmm4rec_cli.models.mmm4rec import MMM4Rec
-from mmm4rec_cli.models.time_stream import ObservedGaps
+from mmm4rec_cli.models.mmm4rec import MMM4Rec, ModalityInput
+from mmm4rec_cli.models.places import Places
+from mmm4rec_cli.models.time_stream import GapBuckets, ObservedGaps
 from mmm4rec_cli.settings import Settings
 
 V, T = 30, 8
@@ -38,7 +39,7 @@ def histories(batch=6):
     return items.masked_fill(pad, 0), lengths, times.masked_fill(pad, 0)
 
 
-@pytest.mark.parametrize("time", ["observed", "none"])
+@pytest.mark.parametrize("time", ["observed", "none", "buckets", "decay"])
 def test_what_stands_in_padded_places_changes_nothing(time):
     model = build(time=time)
     items, lengths, times = histories()
@@ -72,7 +73,7 @@ def test_a_permutation_of_users_permutes_the_output():
         torch.testing.assert_close(model(items[order], lengths[order], times[order]), whole[order], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("time", ["observed", "published"])
+@pytest.mark.parametrize("time", ["observed", "published", "buckets", "decay"])
 def test_gaps_matter(time):
     model = build(time=time)
     items, lengths, times = histories()
@@ -82,6 +83,70 @@ def test_gaps_matter(time):
     with torch.no_grad():
         moved = (model(items, lengths, times) - model(items, lengths, slower)).abs().amax(1)
     assert (moved[lengths > 1] > 1e-9).all()
+
+
+@pytest.mark.parametrize("time", ["buckets", "decay"])
+def test_gaps_enter_from_nothing(time):
+    plain, other = build(time="none"), build(time=time)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name not in dict(plain.named_parameters()):
+                parameter.zero_()
+    assert not other.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    with torch.no_grad():
+        assert torch.equal(other(*histories()), plain(*histories()))
+
+
+def test_a_positive_power_forgets_over_a_long_gap():
+    block = build(time="decay").layers[0].ssd
+    items = torch.randn(1, T, SMALL["hidden_size"], generator=torch.Generator().manual_seed(0)).double()
+    other = items.clone()
+    other[0, 0] += 1
+    places = Places.padded(torch.tensor([T]), T)
+    gaps = torch.zeros(T).double()
+    gaps[T // 2] = 3.0
+
+    def left(power):
+        """How much of the first item is left at the last place behind the gap, over what is left without the gap."""
+        with torch.no_grad():
+            block.gap_power.fill_(power)
+            moved = [block(a, None, places, g)[0][0, -1] for g in (gaps, 0 * gaps) for a in (items, other)]
+        return ((moved[0] - moved[1]).norm() / (moved[2] - moved[3]).norm()).item()
+
+    assert left(2.0) < 1e-3
+    assert left(0.0) == 1
+
+
+def test_ranges_of_gaps_are_half_a_doubling_wide():
+    table = GapBuckets(1)
+    with torch.no_grad():
+        table.weight.copy_(torch.arange(64.0)[:, None])
+    gaps = torch.tensor([0, 1, 3, 7, 2**40])
+    times = torch.cat([torch.zeros(1, dtype=torch.int64), gaps.cumsum(0), torch.tensor([5])])[None]
+    found = table(times, torch.tensor([6]))[0, :, 0].tolist()
+    assert found == [0, 1, 3, 5, 7, 63, 0]
+
+
+def test_scaled_features_are_the_plain_model_on_scaled_vectors():
+    torch.manual_seed(1)
+    text, image = 5 + 3 * torch.randn(V, 12), 40 * torch.randn(V, 9)
+    text[0] = image[0] = 0
+    image[4] = 0  # without an image
+    for table, rows in ((text, [*range(1, V)]), (image, [i for i in range(1, V) if i != 4])):
+        by_hand = (table - table[rows].mean(0)) / table[rows].std(0)
+        units = torch.nn.functional.normalize(table, dim=-1)
+        for scale, expected in (("standard", by_hand), ("unit", units)):
+            config = Settings.model_validate({"model": {**SMALL, "feature_scale": scale}}).model
+            ours = ModalityInput(config, table, None)
+            plain = ModalityInput(Settings.model_validate({"model": SMALL}).model, expected, None)
+            plain.load_state_dict(ours.state_dict(), strict=False)
+            with torch.no_grad():
+                torch.testing.assert_close(ours.vectors(), plain.vectors(), rtol=1e-4, atol=1e-4)
+            some = torch.tensor([3, 7])
+            torch.testing.assert_close(ours.vectors(some), ours.vectors()[some])
+    assert {"shift", "scale"} <= ModalityInput(
+        Settings.model_validate({"model": {**SMALL, "feature_scale": "standard"}}).model, text, None
+    ).state_dict().keys()
 
 
 def test_one_huge_gap_does_not_erase_the_others():

@@ -85,7 +85,8 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     command, workspace, make_domain, small_settings, monkeypatch
 ):
     make_domain()
-    settings = small_settings(finetune={"epochs": 4, "lr_decay": 0.9}, pretrain={"epochs": 4})
+    kept = {"epochs": 4, "lr_decay": 0.9, "schedule": "cosine", "average": 0.6, "decayed": "matrices"}
+    settings = small_settings(finetune=kept, pretrain={"epochs": 4, "loss": "full", "warmup": 1.5})
 
     def train():
         if command == "pretrain":
@@ -160,6 +161,38 @@ def test_pretraining_is_taken_over_but_for_the_item_biases(workspace, make_domai
     text = "\n".join(notes.lines)
     assert "left behind: image.item_bias, layers.1.*, text.item_bias" in text
     assert "starting fresh: image.item_bias, text.item_bias" in text
+
+
+@pytest.mark.parametrize("what", ["adapters", "blocks"])
+def test_a_part_is_taken_over_and_adapters_stay_frozen_as_long_as_asked(what, workspace, make_domain, small_settings):
+    make_domain("a")
+    make_domain()
+    pre = find_run(workspace, pretrain(workspace, ["a"], small_settings())["run"])
+    given = read_weights(pre.weights)
+    moved = {}
+    for frozen in (1, 2):
+        settings = small_settings(finetune={"epochs": 2, "transfer": what, "frozen_epochs": frozen, "patience": 9})
+        with pytest.MonkeyPatch.context() as patch:
+            starts = {}
+            keep = finetune_module.fit
+
+            def spy(model, *args, starts=starts, keep=keep, frozen=frozen, **kwargs):
+                starts.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+                keep(model, *args, **kwargs)
+                ends = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                moved[frozen] = {name for name in ends if not torch.equal(starts[name], ends[name])}
+                raise KeyboardInterrupt
+
+            patch.setattr(finetune_module, "fit", spy)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(workspace, "ring", settings, pretrained=pre.id)
+        taken = {name for name in given if name in starts and torch.equal(given[name], starts[name])}
+        assert ("text.adapter.weight" in taken) == (what == "adapters")
+        assert ("layers.0.ssd.in_proj.weight" in taken) == (what == "blocks")
+    adapters = {f"{m}.adapter.{p}" for m in ("text", "image") for p in ("weight", "bias")}
+    assert adapters <= moved[1]
+    assert not adapters & moved[2]
+    assert "layers.0.ssd.in_proj.weight" in moved[2]
 
 
 def test_pretraining_of_another_width_is_refused_if_named_and_passed_over_if_not(

@@ -10,8 +10,8 @@ from mmm4rec_cli.data.dataset import load_dataset
 from mmm4rec_cli.models.registry import build_model
 from mmm4rec_cli.settings import Settings
 from mmm4rec_cli.training.interrupt import Interruption
-from mmm4rec_cli.training.loop import Checkpoints, Task, Trainer, epoch_targets, train_epoch
-from mmm4rec_cli.training.optimizer import FlatParameters, nadam
+from mmm4rec_cli.training.loop import Checkpoints, Task, Trainer, epoch_targets, learning_rate, train_epoch
+from mmm4rec_cli.training.optimizer import FlatParameters, is_matrix, nadam
 from mmm4rec_cli.training.state import Progress
 
 
@@ -21,9 +21,10 @@ class Recording(torch.optim.SGD):
     def __init__(self, model):
         super().__init__(model.parameters(), lr=0.0)
         self.named = dict(model.named_parameters())
-        self.steps = []
+        self.steps, self.rates = [], []
 
     def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
         self.steps.append({name: p.grad.clone() for name, p in self.named.items()})
 
 
@@ -210,3 +211,67 @@ def test_the_catalogue_shared_by_both_ends_changes_no_gradient(plain):
     for loss, gradient in losses:
         assert loss == pytest.approx(plain_loss.item(), rel=1e-12)
         torch.testing.assert_close(gradient, flat.gradient, rtol=1e-9, atol=1e-13)
+
+
+def test_the_learning_rate_is_that_of_the_middle_of_each_step(plain):
+    model, sequences, targets, settings = plain
+    plan = settings.finetune.model_copy(update={"schedule": "linear", "epochs": 2, "warmup": 0.5, "lr": 1.0})
+    task = Task("finetune", plan, targets=targets, in_batch=False)
+    trainer = Trainer(model, sequences, task, max_len=settings.model.max_len, runtime=settings.runtime)
+    trainer.optimizer = optimizer = Recording(model)
+    checkpoints = Checkpoints(Path("unused"), trainer, minutes=1e9, interruption=Interruption())
+    order = epoch_targets(sequences, task, 5, 1)
+    train_epoch(trainer, order, Progress(), checkpoints, lambda n: None)
+    expected, done = [], 0
+    for group in order.split(32 * 4):
+        middle = (done + len(group) / 2) / len(order)
+        expected.append((1 - middle / 2) * min(1, middle / 0.5))
+        done += len(group)
+    assert optimizer.rates == pytest.approx(expected)
+    assert expected[0] < expected[1] > expected[2], "both the rise and the fall are meant to be met"
+
+
+def test_schedules_fall_to_nothing_over_all_epochs(plain):
+    plan = plain[3].finetune.model_copy(update={"lr": 2.0, "epochs": 10})
+    at = {name: plan.model_copy(update={"schedule": name}) for name in ("constant", "cosine", "linear")}
+    assert [learning_rate(at[name], 0, 0.0) for name in at] == [2, 2, 2]
+    assert [learning_rate(at[name], 5, 0.0) for name in at] == pytest.approx([2, 1, 1])
+    assert [learning_rate(at[name], 9, 1.0) for name in at] == pytest.approx([2, 0, 0])
+    assert learning_rate(at["cosine"], 2, 0.5) == pytest.approx(1 + math.cos(math.pi / 4))
+    assert learning_rate(plan.model_copy(update={"lr_decay": 0.5}), 3, 0.7) == 0.25
+
+
+def test_decay_of_matrices_leaves_norms_biases_and_the_scan_alone(plain):
+    model = plain[0]
+    decays = {name: is_matrix(name, p) for name, p in model.named_parameters()}
+    assert decays["text.adapter.weight"]
+    assert decays["layers.0.ssd.conv.weight"]
+    for name in ("text.item_bias", "text.adapter.bias", "text.norm.weight", "layers.0.ssd.A_log", "layers.0.ssd.D"):
+        assert not decays[name]
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _, (plainly, *_), _ = epoch(plain, weight_decay=0.0)
+    _, (ours, *_), _ = epoch(plain, weight_decay=0.3, decayed="matrices")
+    for name, gradient in plainly.items():
+        expected = gradient + 0.3 * start[name] if decays[name] else gradient
+        torch.testing.assert_close(ours[name], expected, rtol=1e-12, atol=1e-14)
+    assert start["text.norm.weight"].any(), "a norm is meant to have something to decay"
+
+
+def test_the_mean_of_the_weights_follows_the_steps_and_stands_in_for_them(plain):
+    model, sequences, targets, settings = plain
+    plan = settings.finetune.model_copy(update={"average": 0.3, "accumulation": 1})
+    task = Task("finetune", plan, targets=targets, in_batch=False)
+    trainer = Trainer(model, sequences, task, max_len=settings.model.max_len, runtime=settings.runtime)
+    expected = trainer.parameters.values.detach().clone()
+    for step, group in enumerate(trainer.groups(targets)):
+        trainer.step(group)
+        keep = min(0.3, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * trainer.parameters.values.detach()
+    assert step > 4, "the mean is meant to come of age"
+    last = trainer.parameters.values.detach().clone()
+    with trainer.averaged():
+        own = dict(model.named_parameters())["text.adapter.weight"]
+        inside = own.detach().clone()
+        torch.testing.assert_close(trainer.parameters.values.detach(), expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(trainer.parameters.values.detach(), last)
+    assert not torch.equal(own, inside)

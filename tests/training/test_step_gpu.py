@@ -42,7 +42,7 @@ def trainer(settings, *, graphs, in_batch=False, negatives=0, items=25):
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("time", ["observed", "published", "none"])
+@pytest.mark.parametrize("time", ["observed", "published", "none", "buckets", "decay"])
 def test_a_recorded_step_has_the_gradients_of_an_unrecorded_one(small_settings, time, in_batch):
     still = {"dropout": 0.0, "embedding_dropout": 0.0, "time_dropout": 0.0, "time": time}
     settings = small_settings(model=still, finetune={"batch_size": 64, "accumulation": 2})

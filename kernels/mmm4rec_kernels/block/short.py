@@ -84,14 +84,11 @@ def tile_start(i_tile, length, per_tile, MODE: tl.constexpr):
 
 @triton.jit
 def spans(i_tile, base, o_l, p_ends, p_places, rows, sequences, length, per_tile, magic, MODE: tl.constexpr):
-    """For each place of a tile: is it written here, is it in a sequence, the place in the tile where that starts.
-
-    A place behind the last row is a sequence of its own: with any other it would have decays above 1, up to infinity.
-    """
+    """For each place of a tile: is it written here, is it in a sequence, the place in the tile where that starts."""
     if MODE == WINDOWS:
         m_row = o_l < rows - base
-        o_first = tl.where(m_row, tl.load(p_places + base + o_l, mask=m_row, other=0) - base, o_l)
-        o_stop = tl.where(m_row, tl.load(p_places + rows + base + o_l, mask=m_row, other=0) - base, o_l)
+        o_first = tl.load(p_places + base + o_l, mask=m_row, other=-1) - base
+        o_stop = tl.load(p_places + rows + base + o_l, mask=m_row, other=-1) - base
         m_out = m_row & (o_first >= 0) & (o_first < per_tile)
     else:
         o_seq = (o_l * magic) >> 16
@@ -176,7 +173,9 @@ def decays(p_high, plane, o_l, o_first, m_out, BL: tl.constexpr):
     b_high = tl.load(p_high + o_l, mask=m_out, other=0.0)
     b_low = tl.load(p_high + plane + o_l, mask=m_out, other=0.0)
     between = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
-    return exp2(tl.where((o_t >= o_s) & (o_s >= o_first[:, None]), between, float("-inf")))
+    # A place behind the last row has no sum: what lies between it and another would be no decay but growth without end.
+    within = m_out[:, None] & (o_t >= o_s) & (o_s >= o_first[:, None])
+    return exp2(tl.where(within, between, float("-inf")))
 
 
 @triton.jit

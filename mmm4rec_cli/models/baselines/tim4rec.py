@@ -40,6 +40,8 @@ class TiM4Rec(Baseline):
 
     def __init__(self, config: ModelSettings, features: ModelFeatures, *, from_text: bool = False) -> None:
         super().__init__(config)
+        if config.time in ("buckets", "decay"):
+            raise ValueError(f"model.time = {config.time} is MMM4Rec's; tim4rec takes observed, published or none")
         self.reads_target_time = config.time == "published"
         self.items = item_table_of(config, features, from_text=from_text)
         self.dropout = nn.Dropout(config.embedding_dropout)

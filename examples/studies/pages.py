@@ -1,0 +1,258 @@
+"""docs/measurements.md from the rows of a study: tables, intervals, learning curves, commands."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from arms import ARMS, Arm, written
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mmm4rec_cli.evaluation.compare import paired_bootstrap
+
+METRIC = "NDCG@10"
+FINDINGS = Path(__file__).with_name("findings.md")
+"""What the tables say in words: a beginning, then one part a section."""
+Row = dict[str, Any]
+
+
+class Results:
+    """Rows by arm and seed, and the ranks of their users."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: dict[str, dict[int, Row]] = defaultdict(dict)
+        self.raw = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+        for row in self.raw:
+            if "arm" in row and "error" not in row and row["arm"] in ARMS:
+                self.rows[row["arm"]][row["seed"]] = row
+
+    def of(self, arm: Arm) -> list[Row]:
+        """Rows in the order of the seeds."""
+        return [row for _, row in sorted(self.rows[arm.key].items())]
+
+    def ranks(self, arm: Arm, seeds: Iterable[int], kind: str) -> list[Tensor]:
+        """One tensor a seed."""
+        files = (self.folder / f"{arm.key}-seed{seed}-ranks_{kind}.npy" for seed in seeds)
+        return [torch.from_numpy(np.load(file)).double() for file in files]
+
+    def difference(self, arm: Arm, other: Arm, kind: str) -> dict[str, float] | None:
+        """Of the means over the seeds that both have, with the interval; None where they share none."""
+        seeds = sorted(self.rows[arm.key].keys() & self.rows[other.key].keys())
+        if not seeds or arm == other:
+            return None
+        ours, theirs = (self.ranks(each, seeds, kind) for each in (arm, other))
+        return paired_bootstrap(ours, theirs, (10,))[METRIC]
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean ± sample standard deviation."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def gap(found: dict[str, float] | None) -> str:
+    """A difference with its interval."""
+    return "–" if found is None else f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+
+
+def table(results: Results, arms: Sequence[Arm], reference: Callable[[Arm], Arm], against: str) -> list[str]:
+    """One row an arm that has rows, the reference's differences left out; the others by name."""
+    if not any(results.of(arm) for arm in arms):
+        return ["Not measured yet.", ""]
+    lines = [
+        f"| arm | seeds | valid {METRIC} | test Hit@10 | test {METRIC} | valid, less {against} | test, less {against} "
+        "| best epoch | seconds to it |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        rows = results.of(arm)
+        if not rows:
+            continue
+        gaps = [gap(results.difference(arm, reference(arm), kind)) for kind in ("valid", "test")]
+        lines.append(
+            f"| {arm.name} | {len(rows)} | {spread([r['valid'][METRIC] for r in rows])} | "
+            f"{spread([r['test']['Hit@10'] for r in rows])} | {spread([r['test'][METRIC] for r in rows])} | "
+            f"{' | '.join(gaps)} | {mean(r['best_epoch'] for r in rows):.0f} | "
+            f"{mean(r['seconds_to_best'] for r in rows):.1f} |"
+        )
+    missing = [arm.name for arm in arms if not results.of(arm)]
+    if missing:
+        lines += ["", f"Not measured yet: {'; '.join(missing)}."]
+    return [*lines, ""]
+
+
+def reaching(results: Results, arms: Iterable[Arm], first: Arm, share: float) -> list[str]:
+    """Epochs and seconds until the validation metric first reaches a share of the best of `first`."""
+    if not results.of(first):
+        return []
+    level = share * mean(r["valid"][METRIC] for r in results.of(first))
+    what = "the best" if share == 1 else f"{share:.0%} of the best"
+    lines = [
+        f"Epochs and seconds until the validation {METRIC} first reaches {what} of {first.name} ({level:.4f}):",
+        "",
+        "| arm | seeds that reach it | epochs | seconds |",
+        "|---|---|---|---|",
+    ]
+    for arm in arms:
+        reached = []
+        for row in results.of(arm):
+            at = next((i for i, value in enumerate(row["curve"][METRIC]) if value >= level), None)
+            if at is not None:
+                reached.append((at + 1, sum(row["seconds_curve"][: at + 1])))
+        said = f"{mean(e for e, _ in reached):.1f} | {mean(s for _, s in reached):.1f}" if reached else "– | –"
+        if results.of(arm):
+            lines.append(f"| {arm.name} | {len(reached)} of {len(results.of(arm))} | {said} |")
+    return [*lines, ""]
+
+
+def command(arm: Arm) -> list[str]:
+    """What trains the arm with seed 1."""
+
+    def typed(words: str, sets: dict[str, Any]) -> str:
+        return f"{words} --seed 1 " + " ".join(f"--set {one}" for one in written(sets))
+
+    source = [] if arm.source is None else [typed(f"mmm4rec pretrain --domain {arm.source}", arm.source_sets)]
+    start = "none" if arm.source is None else "RUN"
+    return [*source, typed(f"mmm4rec finetune --domain {arm.domain} --pretrained {start}", arm.sets)]
+
+
+def commands(results: Results, arms: Iterable[Arm]) -> list[str]:
+    """Folded away: the commands of all arms."""
+    lines = ["<details><summary>the commands</summary>", "", "```"]
+    for arm in arms:
+        lines += [f"# {arm.name}", *command(arm)]
+    return [*lines, "```", "", "</details>", ""]
+
+
+def curves(results: Results, arms: Sequence[Arm], title: str, path: Path) -> str:
+    """Mean validation NDCG@10 by epoch over the seeds as a picture; the line that shows it."""
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for i, arm in enumerate(arms):
+        rows = results.of(arm)
+        if not rows:
+            continue
+        length = min(len(row["curve"][METRIC]) for row in rows)
+        values = np.array([row["curve"][METRIC][:length] for row in rows])
+        epochs = np.arange(1, length + 1)
+        style = ("-", "--", "-.", ":")[i % 4]
+        (line,) = axes.plot(
+            epochs, values.mean(0), style, label=f"{arm.name} ({len(rows)} seed{'s' * (len(rows) > 1)})"
+        )
+        axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="epoch", ylabel=f"validation {METRIC}", title=title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    return f"![{title}]({path.name})"
+
+
+def _of(block: str, domain: str) -> list[Arm]:
+    return [arm for arm in ARMS.values() if arm.block == block and arm.domain == domain]
+
+
+def _time(results: Results, out: Path) -> list[str]:
+    lines = []
+    for length in (20, 100):
+        arms = [arm for arm in _of("time", "ml100k") if arm.name.endswith(f" {length}")]
+        lines += [f"ml100k, `model.max_len = {length}`:", ""]
+        lines += table(results, arms, lambda arm, first=arms[0]: first, "none")
+        lines += commands(results, arms)
+    arms = _of("time", "magazine")
+    lines += ["magazine:", "", *table(results, arms, lambda arm: arms[0], "none"), *commands(results, arms)]
+    lines += ["What `published` loses when the label's stamp is taken away at test alone:", ""]
+    lines += ["| | seeds | with it | without it | difference |", "|---|---|---|---|---|"]
+    for arm in (a for a in ARMS.values() if a.sets.get("model.time") == "published"):
+        rows = results.of(arm)
+        if rows:
+            seeds = [row["seed"] for row in rows]
+            without, have = (results.ranks(arm, seeds, kind) for kind in ("without_target_time", "test"))
+            lines.append(
+                f"| {arm.domain}, {arm.name} | {len(rows)} | {spread([r['test'][METRIC] for r in rows])} | "
+                f"{spread([r['test_without_target_time'][METRIC] for r in rows])} | "
+                f"{gap(paired_bootstrap(without, have, (10,))[METRIC])} |"
+            )
+    return [*lines, ""]
+
+
+def _missing(results: Results, out: Path) -> list[str]:
+    arms = _of("missing", "ml100k")
+    scaled = [arm for arm in arms if arm.name.startswith("scale")]
+    hidden = [arm for arm in arms if arm.hidden]
+
+    def mean_of(arm: Arm) -> Arm:
+        return next(each for each in hidden if each.hidden == arm.hidden and "mean" in each.name)
+
+    lines = ["Images hidden at random, by the seed, before training:", ""]
+    lines += [*table(results, hidden, mean_of, "mean"), *commands(results, hidden)]
+    lines += ["`model.feature_scale`, no image hidden:", "", *table(results, scaled, lambda arm: scaled[0], "none")]
+    return [*lines, *commands(results, scaled)]
+
+
+def _optimisation(results: Results, out: Path) -> list[str]:
+    arms = _of("optimisation", "ml100k")
+    first = next((arm for arm in arms if results.of(arm)), arms[0])
+    best = sorted(
+        (arm for arm in arms if results.of(arm)), key=lambda arm: -mean(r["valid"][METRIC] for r in results.of(arm))
+    )
+    lines = table(results, [*best, *(arm for arm in arms if arm not in best)], lambda arm: first, first.name)
+    lines += reaching(results, best, first, 1.0)
+    return [*lines, *commands(results, arms)]
+
+
+def _transfer(results: Results, out: Path) -> list[str]:
+    lines = []
+    for domain in ("office", "industrial", "magazine"):
+        arms = _of("transfer", domain)
+        named = {arm.name: arm for arm in arms}
+
+        def scratch(arm: Arm, named: dict[str, Arm] = named) -> Arm:
+            own = f"scratch, {arm.name.split(', ')[0]}, without ID"
+            if own in named:
+                return named[own]
+            return named["scratch, with ID" if arm.name.endswith("with ID") else "scratch, without ID"]
+
+        source = next(arm.source for arm in arms if arm.source)
+        main = [arm for arm in arms if arm.name.startswith(("scratch, with", "pre-trained, with"))]
+        lines += [f"### {source} → {domain}", ""]
+        lines += table(results, arms, scratch, "scratch")
+        for kind in ("with ID", "without ID"):
+            lines += reaching(
+                results, [a for a in main if a.name.endswith(f", {kind}")], named[f"scratch, {kind}"], 0.95
+            )
+        lines += [curves(results, main, f"{source} → {domain}", out.with_name(f"{out.stem}-{domain}.svg")), ""]
+        lines += commands(results, arms)
+    return lines
+
+
+SECTIONS = (_time, _missing, _optimisation, _transfer)
+
+
+def page(folder: Path, out: Path) -> None:
+    """Write the page, its pictures and the rows beside it."""
+    results = Results(folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    finished = [row for rows in results.rows.values() for row in rows.values()]
+    machines = sorted({f"{row['device']}, torch {row['torch']}" for row in finished})
+    processes = sorted({row["processes"] for row in finished})
+    start, *texts = FINDINGS.read_text(encoding="utf-8").split("\n## ")
+    lines = ["# Measurements", "", start.strip(), ""]
+    together = " or ".join(map(str, processes))
+    lines += [
+        f"{len(finished)} fine-tunings on {' and '.join(machines)}, {together} at a time on one GPU: seconds compare "
+        "within this page, a training alone is quicker. Mean ± standard deviation over seeds; differences with the 95 "
+        "% interval of a paired bootstrap over users, the means of the seeds that both have. The settings, learning "
+        f"curve and metrics of each row: `{out.stem}.jsonl`.",
+        "",
+    ]
+    for text, section in zip(texts, SECTIONS, strict=True):
+        lines += [f"## {text.strip()}", "", *section(results, out)]
+    out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    out.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in results.raw), encoding="utf-8")

@@ -1,0 +1,299 @@
+"""The measurements behind the defaults: time, missing images, optimisation, transfer.
+
+    python examples/studies/study.py run ml100k.npz office.npz … --out results --seconds 400 --processes 8 time:1,2 …
+    python examples/studies/study.py page results --out docs/measurements.md
+
+Inputs are those of `examples/benchmarks/baselines.py prepare`. Every training is a `mmm4rec finetune` (after a
+`mmm4rec pretrain`) through the same functions; several share a GPU. What has a row in `rows.jsonl` is not trained
+again. Arms are named by the beginning of their key (* stands for anything), with the seeds behind a colon; they begin
+in the order that is given.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
+
+from arms import ARMS, written
+from baselines import read_inputs
+from pages import page
+
+from mmm4rec_cli.data.dataset import Dataset
+from mmm4rec_cli.errors import UserError
+from mmm4rec_cli.evaluation.evaluate import Ranking, rank_split
+from mmm4rec_cli.evaluation.metrics import summary
+from mmm4rec_cli.reporter import Progress, SilentReporter
+from mmm4rec_cli.runs import Run, load_model
+from mmm4rec_cli.settings import load
+from mmm4rec_cli.training.finetune import finetune_on
+from mmm4rec_cli.training.pretrain import pretrain_on
+from mmm4rec_cli.workspace import Workspace
+
+CURVE = ("Hit@10", "NDCG@10")
+
+
+class OutOfTimeError(UserError):
+    """The deadline came."""
+
+    code = 130
+
+
+class UntilDeadline(SilentReporter):
+    """Says nothing and ends the training at the deadline."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> Iterator[Progress]:
+        if time.time() > self.deadline:
+            raise OutOfTimeError("out of time", hint="give it more seconds")
+        with super().stage(name, total, unit) as progress:
+            yield progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: an arm with a seed, or the pre-training that arms start from."""
+
+    arm: str
+    seed: int
+    pretrain: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+
+_datasets: dict[str, Dataset] = {}
+_folder = Path()
+
+
+def start(inputs: list[Path], workspace: Path, threads: int) -> None:
+    """What a process holds: all data sets."""
+    global _folder
+    torch.set_num_threads(threads)
+    _folder = workspace
+    for path in inputs:
+        dataset = read_inputs(path)
+        _datasets[dataset.name] = dataset
+
+
+def with_hidden_images(dataset: Dataset, share: float, seed: int) -> Dataset:
+    """The data set without a random share of the images that it has."""
+    features = dataset.features
+    items = np.flatnonzero(features.has_image)
+    gone = np.random.default_rng(seed).choice(items, round(share * len(items)), replace=False)
+    has, image = features.has_image.copy(), features.image.copy()
+    has[gone], image[gone] = False, 0
+    return replace(dataset, features=replace(features, has_image=has, image=image))
+
+
+def train(job: Job, device: str, deadline: float, source: str | None, more: tuple[str, ...]) -> dict[str, Any]:
+    """One training to its end; the row. Ranks of all users come with it under `ranks_…`."""
+    arm, reporter = ARMS[job.arm], UntilDeadline(deadline)
+    workspace = Workspace(_folder / f"{job.name}{'-source' if job.pretrain else ''}")
+    shutil.rmtree(workspace.root, ignore_errors=True)
+    runtime = [f"runtime.seed={job.seed}", f"runtime.device={device}", *more]
+    try:
+        if job.pretrain:
+            assert arm.source is not None
+            settings = load(overrides=[*written(arm.source_sets), *runtime], workspace=workspace)
+            result = pretrain_on(workspace, _datasets[arm.source], settings, reporter=reporter)
+            row = {"pretrain": arm.source, "sets": arm.source_sets, "seed": job.seed, "loss": round(result["loss"], 4)}
+            return row | {
+                "run": str(Run(workspace.runs / "pretrain" / arm.source / result["run"]).path),
+                "seconds": result["seconds"],
+            }
+        settings = load(overrides=[*written(arm.sets), *runtime], workspace=workspace)
+        dataset = _datasets[arm.domain]
+        if arm.hidden:
+            dataset = with_hidden_images(dataset, arm.hidden, job.seed)
+        result = finetune_on(
+            workspace, dataset, settings, pretrained=source or "none", time_is_set=True, reporter=reporter
+        )
+    except UserError as error:
+        return {"arm": job.arm, "seed": job.seed, "error": error.problems[0][:100]}
+    run = Run(workspace.runs / "finetune" / dataset.name / result["run"])
+    epochs = run.epochs
+    best = result["best_epoch"]
+    row = {
+        **{"arm": job.arm, "block": arm.block, "domain": arm.domain, "seed": job.seed},
+        **{"sets": arm.sets, "source": arm.source, "source_sets": arm.source_sets, "hidden": arm.hidden},
+        **{"best_epoch": best, "epochs": result["epochs"], "seconds": result["seconds"]},
+        "seconds_to_best": sum(epoch["seconds"] for epoch in epochs[:best]),
+        "train_seconds_to_best": sum(epoch["train_seconds"] for epoch in epochs[:best]),
+        "curve": {name: [round(epoch["valid"][name], 5) for epoch in epochs] for name in CURVE},
+        "loss": [round(epoch["loss"], 4) for epoch in epochs],
+        "seconds_curve": [round(epoch["seconds"], 4) for epoch in epochs],
+        **result["metrics"],
+        "popularity": result["yardsticks"]["popularity"]["test"]["NDCG@10"],
+        "device": result["hardware"]["name"],
+        "torch": result["versions"]["torch"],
+    }
+    model, _ = load_model(run, dataset, torch.device(device))
+    sequences = dataset.sequences.to(torch.device(device))
+    split = dataset.sequences.split("leave_one_out").to(torch.device(device))
+    ranking = Ranking(precision=settings.runtime.precision)
+    length = settings.model.max_len
+    for name in ("valid", "test"):
+        ranked = rank_split(model, sequences, split.targets(name), name, length, ranking)
+        row[f"ranks_{name}"] = ranked.rank0_U.numpy()
+    if model.reads_target_time:
+        model.reads_target_time = False
+        ranks = rank_split(model, sequences, split.test, "test", length, ranking).rank0_U
+        row["test_without_target_time"] = summary(ranks, (10, 20, 50))
+        row["ranks_without_target_time"] = ranks.numpy()
+    shutil.rmtree(workspace.root)
+    return row
+
+
+def attempt(*args: Any) -> dict[str, Any]:
+    """`train`; not every exception finds its way back from a process."""
+    try:
+        return train(*args)
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+class Workers:
+    """Processes with one training each; one that failed is replaced: a GPU's error lasts as long as its process."""
+
+    def __init__(self, count: int, *state: Any) -> None:
+        self.state = state
+        self.idle = [self._new() for _ in range(count)]
+        self.busy: dict[Future[dict[str, Any]], tuple[ProcessPoolExecutor, Job]] = {}
+
+    def _new(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, get_context("spawn"), initializer=start, initargs=self.state)
+
+    def begin(self, job: Job, *args: Any) -> None:
+        worker = self.idle.pop()
+        self.busy[worker.submit(attempt, job, *args)] = worker, job
+
+    def finished(self) -> Iterator[tuple[Job, dict[str, Any]]]:
+        for future in wait(self.busy, return_when=FIRST_COMPLETED, timeout=1).done:
+            worker, job = self.busy.pop(future)
+            try:
+                row = future.result()
+            except Exception as error:
+                row = {"arm": job.arm, "seed": job.seed, "error": str(error).splitlines()[0][:100]}
+                worker.shutdown(wait=False)
+                worker = self._new()
+            self.idle.append(worker)
+            yield job, row
+
+
+def jobs_of(words: list[str]) -> list[Job]:
+    """Trainings in the order of the words "beginning:seed,seed", each arm and seed once."""
+    jobs: dict[Job, None] = {}
+    for word in words:
+        beginning, _, seeds = word.partition(":")
+        mine = [key for key in ARMS if fnmatchcase(key, beginning + "*")]
+        if not mine:
+            raise SystemExit(f"no arm begins with {beginning}: {', '.join(ARMS)}")
+        jobs |= {Job(key, int(seed)): None for seed in (seeds or "1").split(",") for key in mine}
+    return list(jobs)
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    path = out / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def run(args: argparse.Namespace) -> None:
+    """All jobs in their order until the time is over; a pre-training that several arms share is trained once."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    begin = time.time()
+    deadline = begin + args.seconds
+    have = {(row["arm"], row["seed"]) for row in read_rows(args.out) if "arm" in row and "error" not in row}
+    waiting = [job for job in jobs_of(args.arms) if (job.arm, job.seed) not in have]
+    workers = Workers(args.processes, args.inputs, args.workspace, args.threads)
+    sources: dict[tuple[Any, ...], str | None] = {}
+    """Pre-training and seed -> run, None: under way, "": failed."""
+
+    def next_job() -> tuple[Job, str | None] | None:
+        for job in list(waiting):
+            key = ARMS[job.arm].source_key
+            if key is None:
+                waiting.remove(job)
+                return job, None
+            made = sources.get((*key, job.seed), "wanted")
+            if made == "wanted":
+                sources[*key, job.seed] = None
+                return replace(job, pretrain=True), None
+            if made is not None:
+                waiting.remove(job)
+                if made:
+                    return job, made
+        return None
+
+    with (args.out / "rows.jsonl").open("a") as stream:
+        while True:
+            while workers.idle and time.time() < deadline - args.spare and (found := next_job()):
+                job, source = found
+                workers.begin(job, args.device, deadline, source, tuple(args.set))
+            if not workers.busy:
+                break
+            for job, row in workers.finished():
+                if job.pretrain:
+                    sources[*(ARMS[job.arm].source_key or ()), job.seed] = row.pop("run", "")
+                ranks = {name: row.pop(name) for name in list(row) if name.startswith("ranks_")}
+                for name, values in ranks.items():
+                    np.save(args.out / f"{job.name}-{name}.npy", values.astype(np.float32))
+                row |= {"processes": args.processes, "at": round(time.time() - begin, 1)}
+                stream.write(json.dumps(row) + "\n")
+                stream.flush()
+                said = row.get("error") or row.get("test", {}).get("NDCG@10", "pre-trained")
+                print(f"{row['at']:7.1f} s  {job.name}  {row.get('seconds', 0):.1f} s  {said}", flush=True)
+    print(f"{len(waiting)} left")
+    # Nothing is waited for: a process that is still in a step would hold the machine.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    one = commands.add_parser("run")
+    one.add_argument("inputs", type=Path, nargs="+")
+    one.add_argument("--arms", nargs="+", required=True, metavar="BEGINNING:SEEDS")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--workspace", type=Path, required=True, help="where the runs lie; a folder in memory is quick")
+    one.add_argument("--seconds", type=float, default=400, help="all in all")
+    one.add_argument("--spare", type=float, default=10, help="seconds before the end when nothing new is begun")
+    one.add_argument("--processes", type=int, default=8)
+    one.add_argument("--threads", type=int, default=1)
+    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    one.add_argument("--set", action="append", default=[], help="as of `mmm4rec`, for every arm")
+    two = commands.add_parser("page")
+    two.add_argument("results", type=Path)
+    two.add_argument("--out", type=Path, required=True)
+    commands.add_parser("list")
+    args = parser.parse_args(words)
+    if args.command == "run":
+        args.inputs = [path.resolve() for path in args.inputs]
+        run(args)
+    elif args.command == "list":
+        print("\n".join(ARMS))
+    else:
+        page(args.results, args.out)
+
+
+if __name__ == "__main__":
+    main()
