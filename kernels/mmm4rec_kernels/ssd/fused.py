@@ -69,9 +69,13 @@ def last_of(b_total, BL: tl.constexpr):
 
 
 @triton.jit
-def again(b, p, mask, RELOAD: tl.constexpr):
-    """The tile, read once more if RELOAD: from the cache, so that nothing holds it in between."""
-    if RELOAD:
+def again(b, p, mask, STATEFUL: tl.constexpr):
+    """The tile, with STATEFUL read once more.
+
+    Beside the state too little memory is left to hold every input in each layout that a product wants; the cache has
+    them. The stores between the products keep the compiler from joining the reads.
+    """
+    if STATEFUL:
         return tl.load(p, mask=mask, other=0.0)
     else:
         return b
@@ -388,7 +392,6 @@ def scan_backward(
     SKIP_DT: tl.constexpr,
     D_WIDE: tl.constexpr,
     STATEFUL: tl.constexpr,
-    RELOAD: tl.constexpr,
     TURN: tl.constexpr,
     BL: tl.constexpr,
     BP: tl.constexpr,
@@ -462,12 +465,12 @@ def scan_backward(
         at_state = ((tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t) * (P * N)
         o_state = at_state + o_p[:, None] * N + o_n[None, :]
         m_state = m_p[:, None] & m_n[None, :] & (i_t * BL < count)
-        b_B = again(b_B, p_B + o_B, m_tn, RELOAD)
+        b_B = again(b_B, p_B + o_B, m_tn, STATEFUL)
         b_dstate = tl.load(p_dstates + o_state, mask=m_state, other=0.0)
         b_dwrites = dot(b_B, tl.trans(b_dstate), KIND, PRECISION) * b_until
     else:
         b_dwrites = tl.zeros([BL, BP], tl.float32)
-    b_dy = again(b_dy, p_grad + o_dy, m_tx, RELOAD)
+    b_dy = again(b_dy, p_grad + o_dy, m_tx, STATEFUL)
     b_dwrites = dot(tl.trans(b_M), turnable(b_dy, b_W, TURN), KIND, PRECISION, b_dwrites)
     b_D = tl.zeros([1, BP], tl.float32)
     if p_D is not None:
@@ -480,24 +483,24 @@ def scan_backward(
         b_dx = b_dwrites * b_step[:, None]
     else:
         b_dx = b_dwrites * b_step[:, None] + b_D * b_dy.to(tl.float32)
-    b_x = again(b_x, p_x + o_x, m_tx, RELOAD).to(tl.float32)
+    b_x = again(b_x, p_x + o_x, m_tx, STATEFUL).to(tl.float32)
     b_dstep = tl.sum(b_dwrites * b_x, 1)
     tl.store(p_dx + o_t[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_p_out)
 
     if STATEFUL:
-        b_B = again(b_B, p_B + o_B, m_tn, RELOAD)
+        b_B = again(b_B, p_B + o_B, m_tn, STATEFUL)
         b_dB = dot(b_x * b_step[:, None], turnable(b_dstate, b_W, TURN), KIND, PRECISION) * b_until
         b_wrote = tl.sum(b_dB * b_B.to(tl.float32), 1).to(tl.float64)
     else:
         b_dB = tl.zeros([BL, BN], tl.float32)
-    b_C = again(b_C, p_C + o_C, m_tn, RELOAD)
+    b_C = again(b_C, p_C + o_C, m_tn, STATEFUL)
     b_dB = dot(tl.trans(b_W), turnable(b_C, b_W, TURN), KIND, PRECISION, b_dB)
     tl.store(p_dB + o_t[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
 
     if STATEFUL:
-        b_dy = again(b_dy, p_grad + o_dy, m_tx, RELOAD)
-        b_C = again(b_C, p_C + o_C, m_tn, RELOAD)
-        b_dstate = again(b_dstate, p_dstates + o_state, m_state, RELOAD)
+        b_dy = again(b_dy, p_grad + o_dy, m_tx, STATEFUL)
+        b_C = again(b_C, p_C + o_C, m_tn, STATEFUL)
+        b_dstate = again(b_dstate, p_dstates + o_state, m_state, STATEFUL)
         b_state = tl.load(p_states + o_state, mask=m_state, other=0.0)
         passed = tl.sum(tl.sum(b_dstate * b_state, 1), 0) * tl.exp2(total.to(tl.float32))
         b_since = tl.exp2(b_total.to(tl.float32))[:, None]
@@ -505,7 +508,7 @@ def scan_backward(
         b_ends += tl.sum(b_dC * b_C.to(tl.float32), 1).to(tl.float64)
     else:
         b_dC = tl.zeros([BL, BN], tl.float32)
-    b_B = again(b_B, p_B + o_B, m_tn, RELOAD)
+    b_B = again(b_B, p_B + o_B, m_tn, STATEFUL)
     b_dC = dot(b_W, turnable(b_B, b_W, TURN), KIND, PRECISION, b_dC)
     tl.store(p_dC + o_t[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
 
@@ -812,7 +815,6 @@ def backward(
             SKIP_DT=skip_dt,
             D_WIDE=wide,
             STATEFUL=states.numel() > 0,
-            RELOAD=states.numel() > 0,
             TURN=states.numel() > 0 and _turns(x, BL, BP, BN),
             BL=BL,
             BP=BP,
