@@ -14,6 +14,8 @@ from typing import Any
 Row = dict[str, Any]
 ROWS = Path(__file__).parent / "results" / "h200_kernels.jsonl"
 FORWARD, BOTH = "forward", "forward+backward"
+OTHER_RUNS = ("h200_chunks.jsonl", "h200.jsonl", "h200_tiles.jsonl")
+"""Rows of these operations from before `run` took its present form, or of kernels on the way."""
 COMMAND = "python kernels/benchmarks/run.py --out kernels/benchmarks/results/h200_kernels.jsonl"
 OURS = "triton"
 PEERS = ("naive", "compiled", "mamba-ssm", "simple_gla", "causal-conv1d")
@@ -192,7 +194,7 @@ def other_runs(rows: Iterable[Row]) -> Iterator[str]:
         shape = f"{row['batch']} × {row['length']}"
         if row["length"] is None:
             shape = f"{row['batch']:,} packed, {row['packed_places']:,} places, at most {row['max_length']}"
-        of = f"{row['commit']}, call {row['call']}" if "call" in row else row["commit"]
+        of = ", ".join([*filter(None, [row.get("commit")]), *([f"call {row['call']}"] if "call" in row else [])])
         key = (f"`{row['operation']}`", row["form"], shape, row["products"], of)
         found.setdefault(key, {})[row.get("direction", BOTH)] = row
     lines = []
@@ -200,7 +202,7 @@ def other_runs(rows: Iterable[Row]) -> Iterator[str]:
         times = [both.get(direction, {}).get("us") for direction in (FORWARD, BOTH)]
         if any(times):
             lines.append([*parts, *map(number, times), of])
-    yield from table(("operation", "form", "shape", "products", "forward", "both", "commit"), lines)
+    yield from table(("operation", "form", "shape", "products", "forward", "both", "run"), lines)
 
 
 def page(rows: list[Row], others: dict[str, list[Row]]) -> str:
@@ -243,13 +245,8 @@ def page(rows: list[Row], others: dict[str, list[Row]]) -> str:
 
 
 def beside(path: Path) -> dict[str, list[Row]]:
-    """Rows on the same operations in the files beside one, by their names."""
-    found = {}
-    for other in sorted(path.parent.glob("*.jsonl")):
-        rows = [row for row in read(other) if row.get("operation") in TITLES and "products" in row]
-        if other != path and rows:
-            found[other.name] = rows
-    return found
+    """The rows of OTHER_RUNS, in the folder of a file, by their names."""
+    return {name: read(path.parent / name) for name in OTHER_RUNS if (path.parent / name).exists()}
 
 
 if __name__ == "__main__":
