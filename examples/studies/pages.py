@@ -110,11 +110,11 @@ def reaching(results: Results, arms: Iterable[Arm], first: Arm, share: float) ->
     return [*lines, ""]
 
 
-def command(arm: Arm) -> list[str]:
-    """What trains the arm with seed 1."""
+def command(arm: Arm, more: Sequence[str]) -> list[str]:
+    """What trains the arm with seed 1; `more` are settings that its rows had beside its own."""
 
     def typed(words: str, sets: dict[str, Any]) -> str:
-        return f"{words} --seed 1 " + " ".join(f"--set {one}" for one in written(sets))
+        return f"{words} --seed 1 " + " ".join(f"--set {one}" for one in (*written(sets), *more))
 
     source = [] if arm.source is None else [typed(f"mmm4rec pretrain --domain {arm.source}", arm.source_sets)]
     start = "none" if arm.source is None else "RUN"
@@ -125,7 +125,8 @@ def commands(results: Results, arms: Iterable[Arm]) -> list[str]:
     """Folded away: the commands of all arms."""
     lines = ["<details><summary>the commands</summary>", "", "```"]
     for arm in arms:
-        lines += [f"# {arm.name}", *command(arm)]
+        rows = results.of(arm)
+        lines += [f"# {arm.name}", *command(arm, rows[0].get("more", ()) if rows else ())]
     return [*lines, "```", "", "</details>", ""]
 
 

@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
                 ranks = {name: row.pop(name) for name in list(row) if name.startswith("ranks_")}
                 for name, values in ranks.items():
                     np.save(args.out / f"{job.name}-{name}.npy", values.astype(np.float32))
-                row |= {"processes": args.processes, "at": round(time.time() - begin, 1)}
+                row |= {"more": args.set, "processes": args.processes, "at": round(time.time() - begin, 1)}
                 stream.write(json.dumps(row) + "\n")
                 stream.flush()
                 said = row.get("error") or row.get("test", {}).get("NDCG@10", "pre-trained")
