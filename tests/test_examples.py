@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmm4rec_cli.app import main
+from mmm4rec_cli.models.registry import MODELS
 from mmm4rec_cli.published import published_domains, published_result
 from mmm4rec_cli.settings import Settings, load
 
@@ -60,6 +61,18 @@ def test_the_benchmark_of_the_tables_ends_with_equal_rows(tmp_path):
     words = [sys.executable, str(script), "--share", "0.001", "--folder", str(tmp_path / "mix")]
     done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path)
     assert "rows equal" in done.stdout
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_a_tuned_settings_file_lies_over_the_preset_of_its_model(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tuned, preset = load(EXAMPLES / "settings" / "baselines" / f"{model}.toml", model=model), load(model=model)
+    assert tuned != preset
+    for name in ("hidden_size", "inner_size", "num_layers"):
+        assert getattr(tuned.model, name) == getattr(preset.model, name)
+    for name in ("optimizer", "weight_decay"):
+        assert getattr(tuned.finetune, name) == getattr(preset.finetune, name)
+    assert (tuned.finetune.metric, tuned.finetune.batch_size) == ("NDCG@10", 512)
 
 
 @pytest.mark.slow

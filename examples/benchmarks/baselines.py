@@ -395,8 +395,11 @@ def common_seeds(rows: list[dict[str, Any]], chosen: dict[str, int]) -> list[int
     return sorted(common if len(common) >= 3 else set.union(*mine))
 
 
-def page(out: Path) -> str:
-    """The table as Markdown, best first; every row with its command, and the whole grid."""
+def page(out: Path, before: str = "") -> str:
+    """The table as Markdown, best first; every row with its command, and the whole grid.
+
+    `before` is the command that makes the data, if it is to be said.
+    """
     from mmm4rec_cli.evaluation.compare import paired_bootstrap  # needs scipy, which `run` does not
 
     about = json.loads((out / "about.json").read_text())
@@ -426,8 +429,8 @@ def page(out: Path) -> str:
         "and pictures, the same targets and the same ranking: the whole catalogue, seen items not masked, the last "
         "interaction of a user for the test, the one before for validation.",
         "",
-        f"Tuned by validation {METRIC} of seed {SEEDS[0]} over learning rate, dropout and length: {len(common)} "
-        "points, the same for all. Sizes, optimiser and weight decay are those of each model's published preset. "
+        f"Tuned by validation {METRIC} of seed {SEEDS[0]} over learning rate, dropout and length: the points of the "
+        "grid below, the same for all. Sizes, optimiser and weight decay are those of each model's published preset. "
         f"All else is the same: batches of {PLAN['batch_size']}, an epoch of {PLAN['prefixes']} random targets a user, "
         f"at most {PLAN['epochs']} epochs, patience {PLAN['patience']}, the epoch with the best validation {METRIC}.",
         "",
@@ -437,6 +440,7 @@ def page(out: Path) -> str:
         f"{' or '.join(machines)}, so the seconds of an epoch with nothing else on that GPU (the median of five) stand "
         "beside them.",
         "",
+        *(["Fewer than three seeds so far: nothing here is a claim.", ""] if len(seeds) < 3 else []),
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
     ]
@@ -463,6 +467,7 @@ def page(out: Path) -> str:
         "order everywhere, so figures come back within the deviation between seeds, not digit by digit.",
         "",
         "```",
+        *([before] if before else []),
         *(command_of(name, domain, seeds) for name in order),
         "```",
         "",
@@ -534,6 +539,7 @@ def main(words: list[str] | None = None) -> None:
     three.add_argument("results", type=Path)
     three.add_argument("--out", type=Path, required=True)
     three.add_argument("--settings", type=Path, help="folder for a settings file a model")
+    three.add_argument("--before", default="", help="the command that makes the data, to be said before the rows'")
     args = parser.parse_args(words)
     if args.command == "prepare":
         prepare(Workspace(args.workspace), args.domain, args.encoder, args.out)
@@ -543,7 +549,7 @@ def main(words: list[str] | None = None) -> None:
         alone(args.inputs, args.out, args)
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(page(args.results), encoding="utf-8")
+        args.out.write_text(page(args.results, args.before), encoding="utf-8")
         if args.settings is not None:
             settings_files(args.results, args.settings)
 
