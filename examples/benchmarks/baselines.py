@@ -8,9 +8,9 @@
 `run` needs a machine with torch, and a GPU if it is to be quick; several processes share it. All models get the same
 points of the grid in the same order, then the other seeds at the best point. When the time is over what is there is
 kept: a row a training in `rows.jsonl`, the ranks of all test users beside it; the same command goes on from there, and
-a training that was cut is done again. Points that not every model finished do not count for any. `alone` times an epoch
-of each model at its best point with nothing else on the GPU; `page` writes the table and each model's best point as a
-settings file.
+a training that was cut is done again. With `--points N` the grid is its first N points; a model that was not through
+with them has no row. `alone` times an epoch of each model at its best point with nothing else on the GPU; `page` writes
+the table and each model's best point as a settings file.
 """
 
 import argparse
@@ -279,7 +279,7 @@ def run(inputs: Path, out: Path, args: argparse.Namespace) -> None:
     names = args.models or SLOWEST_FIRST
     rows = read_rows(out)
     dataset = read_inputs(inputs)
-    about = {"models": list(names), "domain": dataset.name}
+    about = {"models": list(names), "domain": dataset.name, "points": args.points}
     about |= {"popularity": _popularity(dataset), "users": dataset.n_users, "items": dataset.n_items}
     (out / "about.json").write_text(json.dumps(about))
     grid = [Job(name, point, SEEDS[0]) for point in range(args.points) for name in names]
@@ -291,7 +291,7 @@ def run(inputs: Path, out: Path, args: argparse.Namespace) -> None:
             for name in names:
                 # A model that is through with the grid goes on with the other seeds at its best point.
                 if name not in with_seeds and {job for job in grid if job.model == name} <= done:
-                    point = best_point(rows, name, range(args.points))
+                    point = best_point(rows, name, args.points)
                     if point is not None:
                         waiting += [Job(name, point, seed) for seed in SEEDS[1 : args.seeds]]
                     with_seeds.add(name)
@@ -317,9 +317,6 @@ def run(inputs: Path, out: Path, args: argparse.Namespace) -> None:
                 if ranks is not None and not row["cut"]:
                     np.save(out / f"{job.name}.npy", ranks)
     workers.close()
-    (out / "choice.json").write_text(
-        json.dumps({"common": common_points(rows, names), "points": chosen_points(rows, names)})
-    )
 
 
 def order(job: Job, names: Sequence[str]) -> tuple[int, int, int]:
@@ -330,9 +327,12 @@ def order(job: Job, names: Sequence[str]) -> tuple[int, int, int]:
 def alone(inputs: Path, out: Path, args: argparse.Namespace) -> None:
     """Time a few epochs of each model at its best point, one training at a time."""
     _start(inputs, args.threads)
-    points = json.loads((out / "choice.json").read_text())["points"]
+    rows, about = read_rows(out), json.loads((out / "about.json").read_text())
     with (out / "alone.jsonl").open("w") as stream:
-        for name, point in points.items():
+        for name in about["models"]:
+            point = best_point(rows, name, about["points"])
+            if point is None:
+                continue
             row, _ = train(Job(name, point, SEEDS[0]), args.device, time.time() + args.seconds, args.epochs)
             kept = ("model", "point", "epochs", "seconds_an_epoch", "notes", "device")
             stream.write(json.dumps({key: row[key] for key in kept}) + "\n")
@@ -368,60 +368,53 @@ def finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in counted(rows) if not row["diverged"]]
 
 
-def common_points(rows: list[dict[str, Any]], names: Iterable[str]) -> list[int]:
-    """Points that every model went through, so that all had the same tuning; models that always fail aside."""
-    mine = {name: {r["point"] for r in counted(rows) if r["model"] == name} for name in names}
-    there = [points for points in mine.values() if points]
-    return sorted(set.intersection(*there)) if there else []
+def tried(rows: list[dict[str, Any]], name: str, points: int) -> dict[int, dict[str, Any]]:
+    """A model's trainings of the first seed by point; of a point that was cut, the one that came furthest."""
+    mine = [r for r in rows if "error" not in r and r["model"] == name and r["seed"] == SEEDS[0] and r["valid"]]
+    return {r["point"]: r for r in sorted(mine, key=lambda r: (not r["cut"], r["epochs"])) if r["point"] < points}
 
 
-def best_point(rows: list[dict[str, Any]], name: str, points: Iterable[int]) -> int | None:
-    """The point with the best validation NDCG@10 of the first seed; None if all of them diverged."""
-    among = set(points)
-    mine = [r for r in finished(rows) if r["model"] == name and r["seed"] == SEEDS[0] and r["point"] in among]
+def best_point(rows: list[dict[str, Any]], name: str, points: int) -> int | None:
+    """The point with the best validation NDCG@10, cut trainings with what they had reached; None if there is none."""
+    mine = [row for row in tried(rows, name, points).values() if not row["diverged"]]
     return max(mine, key=lambda r: r["valid"][METRIC])["point"] if mine else None
 
 
-def chosen_points(rows: list[dict[str, Any]], names: Iterable[str]) -> dict[str, int]:
-    """Each model's best point among those that every model went through."""
-    best = {name: best_point(rows, name, common_points(rows, names)) for name in names}
-    return {name: point for name, point in best.items() if point is not None}
+def through(rows: list[dict[str, Any]], name: str, points: int) -> bool:
+    """Whether a model went through the whole grid."""
+    return {r["point"] for r in counted(rows) if r["model"] == name} >= set(range(points))
 
 
-def common_seeds(rows: list[dict[str, Any]], chosen: dict[str, int]) -> list[int]:
-    """Seeds that every model finished at its best point; all that occur if these are fewer than three."""
-    mine = [{r["seed"] for r in finished(rows) if r["model"] == n and r["point"] == p} for n, p in chosen.items()]
-    common = set.intersection(*mine)
-    return sorted(common if len(common) >= 3 else set.union(*mine))
-
-
-def page(out: Path, before: str = "") -> str:
+def page(out: Path, before: str = "", points: int | None = None) -> str:
     """The table as Markdown, best first; every row with its command, and the whole grid.
 
-    `before` is the command that makes the data, if it is to be said.
+    Args:
+        out: where `run` left its rows.
+        before: the command that makes the data, if it is to be said.
+        points: points of the grid, if not as many as the last `run` was told.
     """
     from mmm4rec_cli.evaluation.compare import paired_bootstrap  # needs scipy, which `run` does not
 
     about = json.loads((out / "about.json").read_text())
     rows = read_rows(out)
     names, domain = about["models"], about["domain"]
-    choice = json.loads((out / "choice.json").read_text())
-    chosen, common = choice["points"], choice["common"]
-    seeds = common_seeds(rows, chosen)
-    at_best = {
-        n: [r for r in finished(rows) if r["model"] == n and r["point"] == p and r["seed"] in seeds]
-        for n, p in chosen.items()
-    }
-    ranks = {n: [torch.from_numpy(np.load(out / f"{_name(r)}.npy")) for r in mine] for n, mine in at_best.items()}
+    points = points or about["points"]
+    chosen = {n: p for n in names if through(rows, n, points) and (p := best_point(rows, n, points)) is not None}
+    at_best = {n: [r for r in finished(rows) if r["model"] == n and r["point"] == p] for n, p in chosen.items()}
+    seeds = sorted(set.intersection(*({r["seed"] for r in mine} for mine in at_best.values())))
+    at_best = {n: [r for r in mine if r["seed"] in seeds] for n, mine in at_best.items()}
+    files = {n: [out / f"{_name(r)}.npy" for r in mine] for n, mine in at_best.items()}
+    ranks = {n: [torch.from_numpy(np.load(f)) for f in mine if f.is_file()] for n, mine in files.items()}
     order = sorted(at_best, key=lambda n: -mean(r["test"][METRIC] for r in at_best[n]))
     lonely = {}
     if (out / "alone.jsonl").is_file():
         lonely = {r["model"]: r for r in map(json.loads, (out / "alone.jsonl").read_text().splitlines())}
+    shown = sorted({r["point"] for r in finished(rows)})
     used = [row for mine in at_best.values() for row in mine]
     machines = sorted({f"{r['device']} (torch {r['torch']})" for r in used})
     sharing = " or ".join(map(str, sorted({r["processes"] for r in used})))
     heads = ["model", "seeds", "Hit@10", METRIC, "difference to MMM4Rec", "epochs to best", "seconds to best"]
-    heads += ["seconds an epoch alone", "parameters", "lr, dropout, length"]
+    heads += [*(["seconds an epoch alone"] if lonely else []), "parameters", "lr, dropout, length"]
     lines = [
         "# The baselines on equal terms",
         "",
@@ -429,16 +422,15 @@ def page(out: Path, before: str = "") -> str:
         "and pictures, the same targets and the same ranking: the whole catalogue, seen items not masked, the last "
         "interaction of a user for the test, the one before for validation.",
         "",
-        f"Tuned by validation {METRIC} of seed {SEEDS[0]} over learning rate, dropout and length: the points of the "
-        "grid below, the same for all. Sizes, optimiser and weight decay are those of each model's published preset. "
+        f"Tuned by validation {METRIC} of seed {SEEDS[0]} over learning rate, dropout and length: the first {points} "
+        "points of the grid below, the same for all. Sizes, optimiser and weight decay are those of each model's "
+        "published preset. "
         f"All else is the same: batches of {PLAN['batch_size']}, an epoch of {PLAN['prefixes']} random targets a user, "
         f"at most {PLAN['epochs']} epochs, patience {PLAN['patience']}, the epoch with the best validation {METRIC}.",
         "",
         "Mean ± standard deviation over seeds. The difference to MMM4Rec is that of the test "
         f"{METRIC} with the 95 % interval of a paired bootstrap over users (each user's value is the mean over seeds). "
-        f"Seconds to the best epoch include the validations; {sharing} trainings shared one "
-        f"{' or '.join(machines)}, so the seconds of an epoch with nothing else on that GPU (the median of five) stand "
-        "beside them.",
+        f"Seconds to the best epoch include the validations; {sharing} trainings shared one {' or '.join(machines)}.",
         "",
         *(["Fewer than three seeds so far: nothing here is a claim.", ""] if len(seeds) < 3 else []),
         f"| {' | '.join(heads)} |",
@@ -447,18 +439,21 @@ def page(out: Path, before: str = "") -> str:
     for name in order:
         mine = at_best[name]
         gap = "–"
-        if name != "mmm4rec" and "mmm4rec" in ranks:
+        if name != "mmm4rec" and ranks[name] and ranks.get("mmm4rec"):
             found = paired_bootstrap(ranks[name], ranks["mmm4rec"], (10,))[METRIC]
             gap = f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
         lr, dropout, length = GRID[chosen[name]]
         cells = [name, str(len(mine)), _spread(mine, "Hit@10"), _spread(mine, METRIC), gap]
         cells += [f"{mean(r['best_epoch'] for r in mine):.0f}", f"{mean(r['seconds_to_best'] for r in mine):.1f}"]
-        cells += [f"{lonely[name]['seconds_an_epoch']:.3f}" if name in lonely else "–", f"{mine[0]['parameters']:,}"]
+        cells += [f"{lonely[name]['seconds_an_epoch']:.3f}" if name in lonely else "–"] if lonely else []
+        cells.append(f"{mine[0]['parameters']:,}")
         lines.append(f"| {' | '.join([*cells, f'{lr:g}, {dropout:g}, {length}'])} |")
     popular = about["popularity"]
     lines += [f"| popularity | – | {popular['Hit@10']:.4f} | {popular[METRIC]:.4f} |" + " – |" * (len(heads) - 4), ""]
     for name in (n for n in names if n not in chosen):
-        why = next((r["error"] for r in rows if r["model"] == name and "error" in r), "the time was over")
+        why = next(
+            (r["error"] for r in rows if r["model"] == name and "error" in r), "the time was over before it was through"
+        )
         lines += [f"{name}: no row, because {why}.", ""]
     lines += [
         "## The command of each row",
@@ -473,29 +468,35 @@ def page(out: Path, before: str = "") -> str:
         "",
         "## The grid",
         "",
-        f"Validation {METRIC} of seed {SEEDS[0]}; * stopped by the {PLAN['epochs']} epochs, not by patience.",
+        f"Validation and test {METRIC} of seed {SEEDS[0]} at learning rate, dropout and length; * stopped by the "
+        f"{PLAN['epochs']} epochs, not by patience; † cut by the end of the time, with what was reached.",
         "",
-        f"| model | {' | '.join('{:g}, {:g}, {}'.format(*GRID[p]) for p in common)} |",
-        "|---|" + "---|" * len(common),
+        f"| model | {' | '.join('{:g}, {:g}, {}'.format(*GRID[p]) for p in shown)} |",
+        "|---|" + "---|" * len(shown),
     ]
-    first = {(r["model"], r["point"]): r for r in counted(rows) if r["seed"] == SEEDS[0]}
-    lines += [f"| {name} | {' | '.join(_tried(first[name, p]) for p in common)} |" for name in order]
+    for name in sorted(names, key=[*order, *names].index):
+        mine = tried(rows, name, len(GRID))
+        lines.append(f"| {name} | {' | '.join(_tried(mine.get(p)) for p in shown)} |")
     return "\n".join([*lines, ""])
 
 
-def _tried(row: dict[str, Any]) -> str:
-    if row["diverged"]:
-        return "diverged"
-    return f"{row['valid'][METRIC]:.4f}" + ("*" if row["epochs"] == PLAN["epochs"] else "")
+def _tried(row: dict[str, Any] | None) -> str:
+    if row is None or row["diverged"]:
+        return "–" if row is None else "diverged"
+    mark = "†" if row["cut"] else "*" if row["epochs"] == PLAN["epochs"] else ""
+    return f"{row['valid'][METRIC]:.4f}, {row['test'][METRIC]:.4f}{mark}"
 
 
-def settings_files(out: Path, folder: Path) -> None:
-    """Write each model's best point."""
+def settings_files(out: Path, folder: Path, points: int | None = None) -> None:
+    """Write each model's best point; arguments as for `page`."""
     about = json.loads((out / "about.json").read_text())
-    choice = json.loads((out / "choice.json").read_text())
+    rows, points = read_rows(out), points or about["points"]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, point in choice["points"].items():
-        head = f"Tuned on {about['domain']} over {len(choice['common'])} points by validation {METRIC}.\n"
+    for name in about["models"]:
+        point = best_point(rows, name, points)
+        if point is None:
+            continue
+        head = f"The best of {points} points on {about['domain']} by validation {METRIC} (docs/baselines.md).\n"
         head += "Sizes, optimiser and weight decay stay those of the model's preset."
         (folder / f"{name}.toml").write_text(settings_file(name, point, head), encoding="utf-8")
 
@@ -539,6 +540,7 @@ def main(words: list[str] | None = None) -> None:
     three.add_argument("results", type=Path)
     three.add_argument("--out", type=Path, required=True)
     three.add_argument("--settings", type=Path, help="folder for a settings file a model")
+    three.add_argument("--points", type=int, help="points of the grid, from the first on")
     three.add_argument("--before", default="", help="the command that makes the data, to be said before the rows'")
     args = parser.parse_args(words)
     if args.command == "prepare":
@@ -549,9 +551,9 @@ def main(words: list[str] | None = None) -> None:
         alone(args.inputs, args.out, args)
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(page(args.results, args.before), encoding="utf-8")
+        args.out.write_text(page(args.results, args.before, args.points), encoding="utf-8")
         if args.settings is not None:
-            settings_files(args.results, args.settings)
+            settings_files(args.results, args.settings, args.points)
 
 
 if __name__ == "__main__":
