@@ -7,11 +7,12 @@ INSTALLED := $(VENV)/.installed
 # The tensors of the tests and the demo are small: a second thread costs more than it gives.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test quick lint format bench clean
+.PHONY: help demo test gpu quick lint format bench clean
 
 help:
 	@echo "make demo    the whole pipeline on the built-in sample shop, ends with a table of results"
 	@echo "make test    lint, types and every test that needs neither network nor GPU"
+	@echo "make gpu     the tests that need a GPU"
 	@echo "make quick   the tests without the slow ones"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff format"
@@ -30,6 +31,9 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -m "not gpu and not network"
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
 
 quick: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu and not network and not slow"

@@ -11,7 +11,6 @@ in the order that is given.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -198,6 +197,10 @@ class Workers:
             self.idle.append(worker)
             yield job, row
 
+    def close(self) -> None:
+        for worker in self.idle:
+            worker.shutdown()
+
 
 def jobs_of(words: list[str]) -> list[Job]:
     """Trainings in the order of the words "beginning:seed,seed", each arm and seed once."""
@@ -261,10 +264,8 @@ def run(args: argparse.Namespace) -> None:
                 stream.flush()
                 said = row.get("error") or row.get("test", {}).get("NDCG@10", "pre-trained")
                 print(f"{row['at']:7.1f} s  {job.name}  {row.get('seconds', 0):.1f} s  {said}", flush=True)
+    workers.close()
     print(f"{len(waiting)} left")
-    # Nothing is waited for: a process that is still in a step would hold the machine.
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def main(words: list[str] | None = None) -> None:
