@@ -16,7 +16,7 @@ the table and each model's best point as a settings file.
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -239,23 +239,25 @@ class Workers:
 
     Args:
         count: processes.
-        start: arguments of `_start`.
+        train: called there with a job and what belongs to it.
+        start: called at the start of each process.
+        state: its arguments.
     """
 
-    def __init__(self, count: int, start: tuple[Any, ...]) -> None:
-        self.start = start
+    def __init__(self, count: int, train: Callable[..., Any], start: Callable[..., None], *state: Any) -> None:
+        self.train, self.start, self.state = train, start, state
         self.idle = [self._new() for _ in range(count)]
-        self.busy: dict[Future[Any], tuple[ProcessPoolExecutor, Job]] = {}
+        self.busy: dict[Future[Any], tuple[ProcessPoolExecutor, Any]] = {}
 
     def _new(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=self.start)
+        return ProcessPoolExecutor(1, get_context("spawn"), initializer=self.start, initargs=self.state)
 
-    def begin(self, job: Job, *args: Any) -> None:
+    def begin(self, job: Any, *args: Any) -> None:
         """Train in an idle process."""
         worker = self.idle.pop()
-        self.busy[worker.submit(attempt, job, *args)] = worker, job
+        self.busy[worker.submit(self.train, job, *args)] = worker, job
 
-    def finished(self) -> Iterator[tuple[Job, Future[Any]]]:
+    def finished(self) -> Iterator[tuple[Any, Future[Any]]]:
         """Those that ended within a second."""
         for future in wait(self.busy, return_when=FIRST_COMPLETED, timeout=1).done:
             worker, job = self.busy.pop(future)
@@ -284,7 +286,7 @@ def run(inputs: Path, out: Path, args: argparse.Namespace) -> None:
     (out / "about.json").write_text(json.dumps(about))
     grid = [Job(name, point, SEEDS[0]) for point in range(args.points) for name in names]
     waiting, failed, with_seeds = list(grid), set[Job](), set[str]()
-    workers = Workers(args.processes, (inputs, args.threads))
+    workers = Workers(args.processes, attempt, _start, inputs, args.threads)
     with (out / "rows.jsonl").open("a") as stream:
         while True:
             done = {Job(r["model"], r["point"], r["seed"]) for r in counted(rows)}

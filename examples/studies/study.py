@@ -15,11 +15,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 
 from arms import ARMS, written
-from baselines import read_inputs
+from baselines import Workers, read_inputs
 from pages import page
 
 from mmm4rec_cli.data.dataset import Dataset
@@ -170,38 +168,6 @@ def attempt(*args: Any) -> dict[str, Any]:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-class Workers:
-    """Processes with one training each; one that failed is replaced: a GPU's error lasts as long as its process."""
-
-    def __init__(self, count: int, *state: Any) -> None:
-        self.state = state
-        self.idle = [self._new() for _ in range(count)]
-        self.busy: dict[Future[dict[str, Any]], tuple[ProcessPoolExecutor, Job]] = {}
-
-    def _new(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, get_context("spawn"), initializer=start, initargs=self.state)
-
-    def begin(self, job: Job, *args: Any) -> None:
-        worker = self.idle.pop()
-        self.busy[worker.submit(attempt, job, *args)] = worker, job
-
-    def finished(self) -> Iterator[tuple[Job, dict[str, Any]]]:
-        for future in wait(self.busy, return_when=FIRST_COMPLETED, timeout=1).done:
-            worker, job = self.busy.pop(future)
-            try:
-                row = future.result()
-            except Exception as error:
-                row = {"arm": job.arm, "seed": job.seed, "error": str(error).splitlines()[0][:100]}
-                worker.shutdown(wait=False)
-                worker = self._new()
-            self.idle.append(worker)
-            yield job, row
-
-    def close(self) -> None:
-        for worker in self.idle:
-            worker.shutdown()
-
-
 def jobs_of(words: list[str]) -> list[Job]:
     """Trainings in the order of the words "beginning:seed,seed", each arm and seed once."""
     jobs: dict[Job, None] = {}
@@ -226,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
     deadline = begin + args.seconds
     have = {(row["arm"], row["seed"]) for row in read_rows(args.out) if "arm" in row and "error" not in row}
     waiting = [job for job in jobs_of(args.arms) if (job.arm, job.seed) not in have]
-    workers = Workers(args.processes, args.inputs, args.workspace, args.threads)
+    workers = Workers(args.processes, attempt, start, args.inputs, args.workspace, args.threads)
     sources: dict[tuple[Any, ...], str | None] = {}
     """Pre-training and seed -> run, None: under way, "": failed."""
 
@@ -253,7 +219,11 @@ def run(args: argparse.Namespace) -> None:
                 workers.begin(job, args.device, deadline, source, tuple(args.set))
             if not workers.busy:
                 break
-            for job, row in workers.finished():
+            for job, future in workers.finished():
+                try:
+                    row = future.result()
+                except RuntimeError as error:
+                    row = {"arm": job.arm, "seed": job.seed, "error": str(error).splitlines()[0][:100]}
                 if job.pretrain:
                     sources[*(ARMS[job.arm].source_key or ()), job.seed] = row.pop("run", "")
                 ranks = {name: row.pop(name) for name in list(row) if name.startswith("ranks_")}
