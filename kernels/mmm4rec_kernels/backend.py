@@ -28,7 +28,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = {
     "causal_conv1d": ("reference", "torch", "triton", "causal_conv1d"),
     "gated_rms_norm": ("reference", "torch", "triton"),
     "ssd_block": ("reference", "torch", "triton"),
-    "selective_scan": ("reference", "torch", "triton"),
+    "selective_scan": ("reference", "torch", "triton", "mamba_ssm"),
     "softmax_cross_entropy": ("reference", "torch", "triton"),
     "lookup": ("reference", "torch", "triton"),
     "compare_counts": ("reference", "torch", "triton"),

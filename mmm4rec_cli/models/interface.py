@@ -101,10 +101,10 @@ class SequenceModel(nn.Module, ABC):
         assert windows.candidate_C is not None
         user_BD = self.users(windows)
         first = 0 if self.padding_candidate else 1
-        ids_R = torch.arange(first, self.n_rows, device=user_BD.device)[world.share(self.n_rows - first)]
+        share = world.share(self.n_rows - first)
+        begin = first + share.start
+        row_RD = self.item_table(torch.arange(begin, first + share.stop, device=user_BD.device))
         own = slice(windows.own, windows.own + len(user_BD))
-        begin = first + world.share(self.n_rows - first).start
-        row_RD = self.item_table(ids_R)
         return sharded_cross_entropy(user_BD, row_RD, windows.candidate_C, begin=begin, own=own, world=world).mean()
 
     @property

@@ -92,9 +92,13 @@ class ObservedGaps(nn.Module):
 
 def log_gaps(timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
     """U [B, T], float64, of the gaps between observed events as in `ObservedGaps`; 0 where there is none."""
-    seconds_BT = torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).clamp(min=0)
-    u_BT = (torch.log1p(seconds_BT.to(torch.float64)) - ObservedGaps.centre) / ObservedGaps.spread
+    u_BT = (torch.log1p(_seconds(timestamps_BT)) - ObservedGaps.centre) / ObservedGaps.spread
     return torch.where(_has_gap(timestamps_BT, lengths_B), u_BT, 0.0)
+
+
+def _seconds(timestamps_BT: Tensor) -> Tensor:
+    """Differences [B, T], float64, subtracted as integers, never negative; 0 at the first place."""
+    return torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).clamp(min=0).to(torch.float64)
 
 
 def _has_gap(timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
@@ -116,8 +120,7 @@ class GapBuckets(nn.Module):
 
     def forward(self, timestamps_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """[B, T, D]."""
-        seconds_BT = torch.diff(timestamps_BT, dim=1, prepend=timestamps_BT[:, :1]).clamp(min=0)
-        range_BT = 1 + (2 * torch.log2(1 + seconds_BT.to(torch.float64))).long().clamp(max=self.ranges - 2)
+        range_BT = 1 + (2 * torch.log2(1 + _seconds(timestamps_BT))).long().clamp(max=self.ranges - 2)
         return F.embedding(torch.where(_has_gap(timestamps_BT, lengths_B), range_BT, 0), self.weight)
 
 

@@ -336,14 +336,13 @@ def train_epoch(
     plan, world = trainer.task.optimisation, trainer.world
     total = torch.full((), progress.loss_sum, dtype=torch.float64, device=trainer.device)
     left = targets[progress.targets_done :]
-    adjust = trainer.optimizer.param_groups
     if progress.targets_done:
         advance(progress.targets_done)
     before: Tensor | None = None
     for group in trainer.groups(left):
         size = min(plan.batch_size * plan.accumulation, len(targets) - progress.targets_done)
         middle = (progress.targets_done + size / 2) / len(targets)
-        adjust[0]["lr"] = learning_rate(plan, progress.epoch, middle)
+        trainer.optimizer.param_groups[0]["lr"] = learning_rate(plan, progress.epoch, middle)
         loss_sum = trainer.step(group)
         if before is not None and trainer.device.type == "cuda":
             trainer.check(before)  # the last group's, so that the GPU always has the next one to do

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from mmm4rec_kernels import BackendUnavailable, backend, causal_conv1d, ssd
+from mmm4rec_kernels import BackendUnavailable, backend, causal_conv1d, selective_scan, ssd
 from mmm4rec_kernels.agreement import disagreement
 
 TF32, BFLOAT16 = 2e-2, 4e-2
@@ -44,6 +44,16 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
         out.append(y if D is None else y + (D[:, None] if D.dim() == 1 else D) * x[:, t])
     y = torch.stack(out, 1)
     return (y, state) if return_final_states else y
+"""
+SELECTIVE = """
+import torch
+def selective_scan_fn(u, delta, A, B, C, D):
+    state, out = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        decay = (delta[..., t, None] * A).exp()
+        state = decay * state + (delta[..., t] * u[..., t])[..., None] * B[:, None, :, t]
+        out.append((state * C[:, None, :, t]).sum(-1) + D * u[..., t])
+    return torch.stack(out, -1)
 """
 CONV = """
 import torch
@@ -103,7 +113,12 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture
 def mamba(place):
     place(
-        {"mamba_ssm/__init__.py": "", "mamba_ssm/ops/triton/ssd_combined.py": SCAN, "selective_scan_cuda.py": ""},
+        {
+            "mamba_ssm/__init__.py": "",
+            "mamba_ssm/ops/triton/ssd_combined.py": SCAN,
+            "mamba_ssm/ops/selective_scan_interface.py": SELECTIVE,
+            "selective_scan_cuda.py": "",
+        },
         "mamba-ssm",
     )
 
@@ -190,7 +205,7 @@ def test_tensors_elsewhere_are_refused(scan_inputs, mamba, conv):
 @pytest.fixture
 def anywhere(monkeypatch):
     """Lets an explicit backend take CPU tensors, for the stand-ins."""
-    for module in ("ssd", "conv1d"):
+    for module in ("ssd", "conv1d", "selective"):
         package = importlib.import_module(f"mmm4rec_kernels.{module}")
         monkeypatch.setattr(package, "choose", lambda operation, backend, *_, **__: backend)
 
@@ -217,6 +232,14 @@ SCANS = {
 def test_the_scan_means_the_same_with_every_option(scan_inputs, run, mamba, anywhere, case):
     options = SCANS[case]
     compare(run, ssd, scan_inputs(3, 9, heads=4, width=6, groups=2, state=5), "mamba_ssm", **options)
+
+
+def test_the_scan_of_mamba_1_means_the_same(mamba, anywhere):
+    torch.manual_seed(0)
+    x, dt, B, C = (torch.randn(2, 7, width) for width in (6, 6, 5, 5))
+    inputs = (x, dt.exp(), -torch.rand(6, 5), B, C, torch.randn(6))
+    theirs, ours = (selective_scan(*inputs, backend=name) for name in ("mamba_ssm", "reference"))
+    torch.testing.assert_close(theirs, ours)
 
 
 def test_padding_reaches_nothing_in_the_scan(scan_inputs, run, mamba, anywhere):

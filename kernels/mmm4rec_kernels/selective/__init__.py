@@ -9,7 +9,7 @@ import torch
 
 from mmm4rec_kernels import arguments
 from mmm4rec_kernels.backend import choose
-from mmm4rec_kernels.selective import eager, reference
+from mmm4rec_kernels.selective import adapter, eager, reference
 from mmm4rec_kernels.selective.ops import scan_forward
 
 __all__ = ["selective_scan"]
@@ -39,7 +39,7 @@ def selective_scan(
         B_BLN: [B, L, N].
         C_BLN: [B, L, N].
         D_E: [E].
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "mamba_ssm" (the package mamba-ssm on a GPU).
 
     Returns:
         [B, L, E] in the dtype of x.
@@ -71,5 +71,5 @@ def selective_scan(
     if chosen == "triton":
         y: torch.Tensor = scan_forward(*(tensor.contiguous() for tensor in inputs))
     else:
-        y = (reference if chosen == "reference" else eager).scan(*inputs)
+        y = {"reference": reference, "torch": eager, "mamba_ssm": adapter}[chosen].scan(*inputs)
     return y.to(x_BLE.dtype)

@@ -4,10 +4,7 @@ Letters: B users, L places, D width, E = expand * D, N state, R rank of the step
 """
 
 import math
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -15,32 +12,20 @@ from torch import Tensor, nn
 
 from mmm4rec_cli.models.time_stream import CausalConv
 from mmm4rec_cli.settings.schema import ModelSettings
-from mmm4rec_kernels import causal_conv1d, selective_scan
-
-
-@cache
-def _fast_scan() -> Any:
-    """mamba-ssm's scan, or None where it is not installed or cannot be loaded."""
-    if find_spec("mamba_ssm") is None:
-        return None
-    try:
-        return import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    except (ImportError, OSError, AttributeError):  # a build for another torch or CUDA
-        return None
+from mmm4rec_kernels import BackendUnavailable, causal_conv1d, selective_scan
+from mmm4rec_kernels.backend import availability
 
 
 def scan_places(x_BLE: Tensor, step_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor) -> Tensor:
     """The recurrence S <- exp(step A) S + (step x) Bᵀ, y = S C + D x; [B, L, E].
 
-    By mamba-ssm's kernel for float32 on a GPU where it is there, else by our own.
+    By mamba-ssm's kernel for float32 on a GPU where it is there and can be loaded, else by our own.
     """
-    scan = _fast_scan() if x_BLE.is_cuda and x_BLE.dtype == torch.float32 else None
-    if scan is None:
-        return selective_scan(x_BLE, step_BLE, A_EN, B_BLN, C_BLN, D_E)
-    over_places = (part.transpose(1, 2).contiguous() for part in (x_BLE, step_BLE, B_BLN, C_BLN))
-    x_BEL, step_BEL, B_BNL, C_BNL = over_places
-    y_BEL: Tensor = scan(x_BEL, step_BEL, A_EN, B_BNL, C_BNL, D_E)
-    return y_BEL.transpose(1, 2)
+    inputs = (x_BLE, step_BLE, A_EN, B_BLN, C_BLN, D_E)
+    if x_BLE.is_cuda and x_BLE.dtype == torch.float32 and availability("mamba_ssm").available:
+        with suppress(BackendUnavailable):  # a build for another torch or CUDA; after this it counts as absent
+            return selective_scan(*inputs, backend="mamba_ssm")
+    return selective_scan(*inputs)
 
 
 class Mamba(nn.Module):
