@@ -189,6 +189,8 @@ class Trainer:
             yield [replace(batch, negative_N=self._draw()) for batch in group]
 
     def _undrawn(self, targets: Tensor) -> Iterator[list[MicroBatch]]:
+        if not len(targets):  # interrupted behind the last step of an epoch
+            return
         plan = self.task.optimisation
         sharded = isinstance(self.gradients, ShardedGradients)
         among_all = self.world.size > 1 and (self.task.in_batch or self.task.negatives > 0)
@@ -404,7 +406,7 @@ def fit(
                 except RunError:
                     state_file.unlink(missing_ok=True)  # a diverged run is not gone on with
                     raise
-                row = {"epoch": epoch, "loss": loss, "lr": trainer.optimizer.param_groups[0]["lr"]}
+                row = {"epoch": epoch, "loss": loss, "lr": learning_rate(plan, progress.epoch, 0.5)}
                 row["train_seconds"] = time.perf_counter() - start
                 with trainer.averaged():
                     scores = task.validate() if task.validate else {}

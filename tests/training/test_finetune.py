@@ -1,6 +1,7 @@
 """Fine-tuning and pre-training end to end on a small domain."""
 
 import json
+import signal
 
 import pyarrow.parquet as pq
 import pytest
@@ -80,9 +81,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(workspace, ma
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.parametrize("moment", ["before an epoch", "behind its last step"])
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(
-    command, workspace, make_domain, small_settings, monkeypatch
+    command, moment, workspace, make_domain, small_settings, monkeypatch
 ):
     make_domain()
     kept = {"epochs": 4, "lr_decay": 0.9, "schedule": "cosine", "average": 0.6, "decayed": "matrices"}
@@ -98,11 +100,20 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
 
     epoch, calls = loop.train_epoch, []
 
-    def interrupted(*args, **kwargs):
+    def interrupted(trainer, targets, progress, checkpoints, advance):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 3 and moment == "before an epoch":
             raise KeyboardInterrupt
-        return epoch(*args, **kwargs)
+        if len(calls) == 3:
+            saving = checkpoints.after_step
+
+            def after_step(progress, loss_sum):
+                if progress.targets_done == len(targets):
+                    checkpoints.interruption.signal = signal.SIGINT
+                saving(progress, loss_sum)
+
+            checkpoints.after_step = after_step
+        return epoch(trainer, targets, progress, checkpoints, advance)
 
     monkeypatch.setattr(loop, "train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
