@@ -406,7 +406,8 @@ def fit(
                 except RunError:
                     state_file.unlink(missing_ok=True)  # a diverged run is not gone on with
                     raise
-                row = {"epoch": epoch, "loss": loss, "lr": learning_rate(plan, progress.epoch, 0.5)}
+                row: dict[str, Any] = {"epoch": epoch, "loss": loss}
+                row["lr"] = learning_rate(plan, progress.epoch, 0.5)
                 row["train_seconds"] = time.perf_counter() - start
                 with trainer.averaged():
                     scores = task.validate() if task.validate else {}
