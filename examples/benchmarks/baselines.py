@@ -56,12 +56,22 @@ GRID = (  # learning rate, dropout, length: the first points are the ones that a
 )
 PLAN = {"epochs": 100, "prefixes": 16, "batch_size": 512, "accumulation": 1, "patience": 10, "shuffle": True}
 """An epoch is 16 random targets of each user, so that the validation looks often; otherwise each model's preset."""
+STEADY = {"schedule": "constant", "warmup": 0.0, "lr_decay": 1.0, "decayed": "all", "average": 0.0, "loss": "full"}
+MMM4REC: dict[str, Any] = {
+    **{"hidden_size": 256, "inner_size": 256, "num_layers": 1, "d_state": 64, "n_groups": 8, "d_conv": 4, "expand": 2},
+    **{"head_dim": 64, "item_bias": True, "fusion": "static", "time": "observed", "feature_scale": "none"},
+    **{"feed_forward": True, "point_time_gate": False, "temperature": 0.8},
+}
+"""Its published sizes and parts."""
+MMM4REC_OPTIMISER = {"optimizer": "nadam", "weight_decay": 0.005, "momentum_decay": 0.004}
 CUTOFFS = (10, 20)
 METRIC = "NDCG@10"
 SLOWEST_FIRST = (
-    *("m3rec", "athwe", "hm4sr", "mamba4rec-t", "mamba4rec", "unisrec", "sasrec-t", "mmm4rec", "tim4rec-t", "tim4rec"),
-    *("bsarec", "gru4rec", "sasrec"),
+    *("athwe", "hm4sr", "mmm4rec", "m3rec", "unisrec", "tim4rec", "tim4rec-t", "mamba4rec", "mamba4rec-t", "bsarec"),
+    *("sasrec-t", "sasrec", "gru4rec"),
 )
+NO_TIME = "mmm4rec-no-time"
+"""MMM4Rec without its time streams, a row more; `run` trains it when it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +88,30 @@ class Job:
         return f"{self.model}-point{self.point}-seed{self.seed}"
 
 
-def chosen_settings(model: str, point: int) -> dict[str, dict[str, Any]]:
-    """What a point sets, by section and name."""
+def architecture(name: str) -> str:
+    """The model behind a row, as `--model` calls it."""
+    return "mmm4rec" if name == NO_TIME else name
+
+
+def chosen_settings(name: str, point: int) -> dict[str, dict[str, Any]]:
+    """What a point sets, by section and name; of MMM4Rec also what it rests on, so that no new default changes it."""
     lr, dropout, length = GRID[point]
     dropouts = dict.fromkeys(("dropout", "embedding_dropout", "time_dropout"), dropout)
     sections: dict[str, dict[str, Any]] = {"model": {"max_len": length, **dropouts}}
-    if model != "mmm4rec":
-        sections["model.baseline"] = {"attention_dropout": dropout}
-    return sections | {"finetune": {"lr": lr, "metric": METRIC, **PLAN}}
+    plan: dict[str, Any] = {"lr": lr, "metric": METRIC, **PLAN, **STEADY}
+    if architecture(name) == "mmm4rec":
+        time_streams = {"time": "none"} if name == NO_TIME else {}
+        return {"model": sections["model"] | MMM4REC | time_streams, "finetune": plan | MMM4REC_OPTIMISER}
+    if name.startswith("tim4rec"):
+        sections["model"]["time"] = "observed"
+    return sections | {"model.baseline": {"attention_dropout": dropout}, "finetune": plan}
 
 
 def settings_of(job: Job) -> Settings:
     """The settings of one training."""
     sections = chosen_settings(job.model, job.point)
     sets = [f"{where}.{name}={_toml(value)}" for where, each in sections.items() for name, value in each.items()]
-    return load(overrides=[*sets, f"runtime.seed={job.seed}"], model=job.model)
+    return load(overrides=[*sets, f"runtime.seed={job.seed}"], model=architecture(job.model))
 
 
 def _toml(value: Any) -> str:
@@ -111,7 +130,7 @@ def command_of(model: str, domain: str, seeds: Iterable[int]) -> str:
     """The command line that trains this row."""
     said = " ".join(f"--seed {seed}" for seed in seeds)
     config = f"--config examples/settings/baselines/{model}.toml"
-    return f"mmm4rec finetune --domain {domain} --model {model} --pretrained none {config} {said}"
+    return f"mmm4rec finetune --domain {domain} --model {architecture(model)} --pretrained none {config} {said}"
 
 
 def prepare(workspace: Workspace, domain: str, encoder: str, out: Path) -> None:
@@ -186,7 +205,7 @@ def train(
     sequences = _dataset.sequences.to(device)
     split = _dataset.sequences.split("leave_one_out").to(device)
     torch.manual_seed(job.seed)
-    model = build_model(job.model, settings.model, _dataset.model_features("mean")).to(device)
+    model = build_model(architecture(job.model), settings.model, _dataset.model_features("mean")).to(device)
     task = Task("finetune", plan, split.train, in_batch=False, metric=METRIC, patience=plan.patience)
     notes: list[str] = []
     runtime = settings.runtime.model_copy(update={"cuda_graphs": graphs})
@@ -281,7 +300,8 @@ def run(inputs: Path, out: Path, args: argparse.Namespace) -> None:
     names = args.models or SLOWEST_FIRST
     rows = read_rows(out)
     dataset = read_inputs(inputs)
-    about = {"models": list(names), "domain": dataset.name, "points": args.points}
+    known = json.loads((out / "about.json").read_text())["models"] if (out / "about.json").is_file() else []
+    about = {"models": list(dict.fromkeys([*known, *names])), "domain": dataset.name, "points": args.points}
     about |= {"popularity": _popularity(dataset), "users": dataset.n_users, "items": dataset.n_items}
     (out / "about.json").write_text(json.dumps(about))
     grid = [Job(name, point, SEEDS[0]) for point in range(args.points) for name in names]
@@ -330,10 +350,12 @@ def alone(inputs: Path, out: Path, args: argparse.Namespace) -> None:
     """Time a few epochs of each model at its best point, one training at a time."""
     _start(inputs, args.threads)
     rows, about = read_rows(out), json.loads((out / "about.json").read_text())
-    with (out / "alone.jsonl").open("w") as stream:
+    path = out / "alone.jsonl"
+    timed = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    with path.open("a") as stream:
         for name in about["models"]:
             point = best_point(rows, name, about["points"])
-            if point is None:
+            if point is None or any((row["model"], row["point"]) == (name, point) for row in timed):
                 continue
             row, _ = train(Job(name, point, SEEDS[0]), args.device, time.time() + args.seconds, args.epochs)
             kept = ("model", "point", "epochs", "seconds_an_epoch", "notes", "device")
@@ -529,7 +551,7 @@ def main(words: list[str] | None = None) -> None:
     two.add_argument("--points", type=int, default=len(GRID), help="points of the grid, from the first on")
     two.add_argument("--processes", type=int, default=5)
     two.add_argument("--epochs", type=int, help="epochs at most")
-    two.add_argument("--models", nargs="*", choices=sorted(MODELS))
+    two.add_argument("--models", nargs="*", choices=[*sorted(MODELS), NO_TIME])
     four = commands.add_parser("alone")
     four.add_argument("inputs", type=Path)
     four.add_argument("--out", type=Path, required=True)
