@@ -75,6 +75,24 @@ def test_a_tuned_settings_file_lies_over_the_preset_of_its_model(model, tmp_path
     assert (tuned.finetune.metric, tuned.finetune.batch_size) == ("NDCG@10", 512)
 
 
+def test_the_rows_of_mmm4rec_do_not_rest_on_defaults(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = module(EXAMPLES / "benchmarks" / "baselines.py")
+    dropouts = {"dropout", "embedding_dropout", "time_dropout"}
+    for name, kind in (("mmm4rec", "observed"), (study.NO_TIME, "none")):
+        (tmp_path / f"{name}.toml").write_text(study.settings_file(name, 0, "about"))
+        assert load(tmp_path / f"{name}.toml").model.time == kind
+        said = study.chosen_settings(name, 0)
+        ours = set(Settings().model.model_dump()) - set(said["model"])
+        protocol = {"padding_candidate", "mask_duplicate_labels"}
+        assert ours == {"norm_eps", "baseline", *protocol}, "a new setting of the model belongs into the rows"
+        assert dropouts < set(said["model"])
+        assert set(Settings().finetune.model_dump()) - set(said["finetune"]) == {
+            *("mean_over_group", "stop_on_nonfinite", "shuffle_validation"),
+            *("negatives", "transfer", "frozen_epochs"),
+        }
+
+
 @pytest.mark.slow
 def test_the_comparison_of_the_baselines_ends_in_a_table_with_its_commands(workspace, make_domain, tmp_path):
     make_domain()

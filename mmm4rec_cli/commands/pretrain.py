@@ -68,5 +68,6 @@ def pretrain(
         f"pre-trained on {result['domain']}: {result['epochs']} epochs, loss {result['loss']:.4f}, "
         f"{result['seconds']:.1f} s; run {result['run']}"
     )
-    following = workspace.command("finetune", "--domain", "scientific" if mix or not domain else domains[-1])
+    target = ["--domain", "scientific" if mix or not domain else domains[-1]]
+    following = workspace.command("finetune", *target, *([] if model == "mmm4rec" else ["--model", model]))
     return Result(result, shown, *curves_of(find_run(workspace, result["run"])), next=following)

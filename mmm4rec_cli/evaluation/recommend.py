@@ -396,14 +396,19 @@ def load_recommender(
         dataset = with_new_items(dataset, new_items, settings.features.missing)
         titles += new_items.titles
         reporter.note(f"{len(dataset.raw_item_ids) - known:,} new items are ranked with the {known:,} known ones")
-        if settings.model.item_bias:
-            reporter.note("new items have no trained item bias: theirs is zero, which may place them lower")
     chosen = _chosen(dataset, candidates, exclude, reporter)
     device = resolve_device(settings.runtime.device)
     member = run.members[0]
     if len(run.members) > 1:
         reporter.note(f"run {run.id} has {len(run.members)} seeds: {member.id} answers")
     model, moved = load_model(member, dataset, device)
+    if new_items is not None and "items.weight" in model.state_dict():
+        reporter.note(
+            f"{run.about['model']} has a trained vector for every known item; a new item's is zero, so that its text "
+            "and picture alone speak for it, if this model reads them"
+        )
+    elif new_items is not None and settings.model.item_bias and run.about["model"] == "mmm4rec":
+        reporter.note("new items have no trained item bias: theirs is zero, which may place them lower")
     new = moved.new - (0 if new_items is None else len(new_items.raw_ids))
     if new or moved.gone:
         reporter.note(

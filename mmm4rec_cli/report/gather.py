@@ -180,8 +180,8 @@ def _metrics(result: Mapping[str, Any], settings: Settings) -> dict[str, dict[st
 
 
 def _published(result: Mapping[str, Any], settings: Settings) -> PublishedResult | None:
-    """The published run that ours can be held against: same domain, item bias and split."""
-    if settings.data.split != "leave_one_out":
+    """The published run that ours can be held against: same model, domain, item bias and split."""
+    if result["model"] != "mmm4rec" or settings.data.split != "leave_one_out":
         return None
     return published_result(result["domain"], item_bias=settings.model.item_bias)
 

@@ -22,12 +22,12 @@ from mmm4rec_cli.training.finetune import finetune
 
 @pytest.fixture
 def trained(workspace, make_domain, small_settings):
-    def make(time="observed", **sections):
+    def make(time="observed", network="mmm4rec", **sections):
         make_domain()
         settings = small_settings(
             model={**small_settings().model.model_dump(), "time": time}, finetune={"epochs": 1}, **sections
         )
-        finetune(workspace, "ring", settings, pretrained="none")
+        finetune(workspace, "ring", settings, model=network, pretrained="none")
         return newest_run(workspace, "finetune"), settings
 
     return make
@@ -201,6 +201,16 @@ def test_starved_new_items_get_their_share_where_asked_for(workspace, trained):
     said = Notes()
     load_recommender(workspace, run, fair, new_items=new, reporter=said)
     assert any("fair_share: the scores of new items are raised by" in note for note in said.notes)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [("mmm4rec", "no trained item bias"), ("gru4rec", "gru4rec has a trained")]
+)
+def test_what_new_items_lack_is_said(workspace, trained, model, words):
+    run, settings = trained(network=model)
+    new, said = new_items(load_recommender(workspace, run, settings).dataset, ["n1"], [3]), Notes()
+    load_recommender(workspace, run, settings, new_items=new, reporter=said)
+    assert [note for note in said.notes if words in note]
 
 
 @pytest.mark.parametrize(

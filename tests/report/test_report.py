@@ -264,3 +264,4 @@ def test_a_published_domain_has_the_published_row_beside_ours_where_it_is_compar
     assert _metrics(result, without)["published"]["NDCG@10"] == pytest.approx(0.0668, abs=5e-5)
     assert "published" not in _metrics(result, small_settings(data={"split": "temporal"}))
     assert "published" not in _metrics({**result, "domain": "ring"}, small_settings())
+    assert "published" not in _metrics({**result, "model": "sasrec"}, small_settings()), "it is MMM4Rec's"

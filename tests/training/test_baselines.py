@@ -29,6 +29,7 @@ SMALL = [
     "finetune.batch_size=64",
 ]
 SMALL += ["features.encoder=test", "runtime.device=cpu", "evaluate.k=5"]
+FEW = ["model.head_dim=8", "model.baseline.clusters=4", "model.baseline.experts=3", "model.baseline.experts_used=2"]
 
 
 def run(capsys, workspace, *words):
@@ -37,12 +38,10 @@ def run(capsys, workspace, *words):
     return code, json.loads(out)
 
 
-@pytest.mark.parametrize("model", ["gru4rec", "tim4rec-t", "m3rec"])
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - {"mmm4rec"}))
 def test_the_commands_take_a_baseline(workspace, make_domain, capsys, model):
-    make_domain()
-    small = [word for one in SMALL for word in ("--set", one)]
-    if model.startswith("tim"):
-        small += ["--set", "model.head_dim=8"]
+    make_domain(users=30)
+    small = [word for one in [*SMALL, *FEW] for word in ("--set", one)]
     code, trained = run(capsys, workspace, "finetune", "--domain", "ring", "--model", model, *small)
     assert (code, trained["model"]) == (0, model)
     saved = newest_run(workspace, "finetune").settings
@@ -56,9 +55,16 @@ def test_the_commands_take_a_baseline(workspace, make_domain, capsys, model):
     out = str(workspace.root / "served")
     code, made = run(capsys, workspace, "export", "--run", trained["run"], "--format", form, "--out", out)
     assert code == 0, made
-    assert (code, made["width"]) == (0, 48 if model == "m3rec" else 16)
+    assert (code, made["width"]) == (0, 48 if model in ("m3rec", "hm4sr", "athwe") else 16)
     code, _ = run(capsys, workspace, "report", "--run", trained["run"])
     assert code == 0
+
+
+def test_what_follows_a_pretraining_is_of_the_same_model(workspace, make_domain, capsys):
+    make_domain()
+    small = [word for one in [*SMALL, *FEW, "pretrain.epochs=1"] for word in ("--set", one)]
+    assert main(["pretrain", "--domain", "ring", "--model", "unisrec", *small, "--workspace", str(workspace.root)]) == 0
+    assert "next: mmm4rec finetune --domain ring --model unisrec" in capsys.readouterr().out
 
 
 def test_help_names_every_model(capsys):
