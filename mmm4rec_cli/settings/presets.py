@@ -102,7 +102,7 @@ MODELS: dict[str, Nested] = {
         baseline={"experts": 8, "mask_share": 0.2, "id_temperature": 0.1},
     ),
     "unisrec": _baseline(
-        {"hidden_size": 300, "inner_size": 256, "temperature": 0.07},
+        {"hidden_size": 300, "inner_size": 256, "temperature": 0.07, "item_bias": True},
         dropout=0.5,
         max_len=50,
         batch_size=2048,
