@@ -100,13 +100,18 @@ def dot(a, b, KIND: tl.constexpr, PRECISION: tl.constexpr, onto=None):
 
 
 @triton.jit
-def decay_gradient(b_between):
-    """Gradient of the one-step logarithms: sums of b_between[t, s] over the rectangles t >= r > s.
+def decay_gradient(b_V, b_step, BL: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient of the one-step logarithms, to be summed backwards: rows of V[t, s] step[s] less its columns, s < t.
 
-    Row and column sums are taken in float64, where their difference is exact enough to be summed backwards.
+    Summed backwards these are the sums over the rectangles t >= r > s. Where the products are about float32 the rows
+    and columns are summed in float64: what cancels may be far larger than what remains. Beside the rounding of TF32
+    or bfloat16 products float32 is enough. A place's own entry is in no rectangle and is left out.
     """
-    b_wide = b_between.to(tl.float64)
-    return tl.sum(b_wide, 1) - tl.sum(b_wide, 0)
+    o_l = tl.arange(0, BL)
+    b_before = tl.where(o_l[:, None] > o_l[None, :], b_V * b_step[None, :], 0.0)
+    if tl.float32 == KIND and PRECISION == "tf32x3":
+        b_before = b_before.to(tl.float64)
+    return tl.sum(b_before, 1).to(tl.float64) - tl.sum(b_before, 0).to(tl.float64)
 
 
 @triton.jit

@@ -96,6 +96,17 @@ def turnable(b, b_product, TURN: tl.constexpr):
 
 
 @triton.jit
+def with_skip(b_M, b_step, D, SKIP_DT: tl.constexpr, BL: tl.constexpr):
+    """Products of reads and writes with their decay, [t, s], to what x is multiplied by: step sizes and skip inside."""
+    o_l = tl.arange(0, BL)
+    b_skip = tl.where(o_l[:, None] == o_l[None, :], D, 0.0)
+    if SKIP_DT:
+        return (b_M + b_skip) * b_step[None, :]
+    else:
+        return b_M * b_step[None, :] + b_skip
+
+
+@triton.jit
 def place_of(p_ends, length, chunks, H: tl.constexpr, ENDS: tl.constexpr):
     """Head, chunk and sequence of a program; first row in a packed tensor, places of the sequence, places to write."""
     i_h = tl.program_id(0) % H
@@ -314,9 +325,12 @@ def scan_forward(
     b_total = tl.cumsum(b_step.to(tl.float64) * A, 0)
     b_B = tl.load(p_B + o_t[:, None] * ROW_B + o_n[None, :], mask=m_tn, other=0.0)
     b_C = tl.load(p_C + o_t[:, None] * ROW_C + o_n[None, :], mask=m_tn, other=0.0)
-    b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_tx, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_tx, other=0.0)
     b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * decay_matrix(b_total, BL)
-    b_writes = b_x * b_step[:, None]
+    if p_D is not None and not D_WIDE:
+        b_M = with_skip(b_M, b_step, tl.load(p_D + i_h).to(tl.float32), SKIP_DT, BL)
+    else:
+        b_M *= b_step[None, :]
     if STATEFUL:
         at_state = (tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t
         p_state = p_states + at_state * (P * N) + o_p[:, None] * N + o_n[None, :]
@@ -326,16 +340,10 @@ def scan_forward(
         b_y = dot(b_C, tl.trans(b_state), KIND, PRECISION) * b_since[:, None]
     else:
         b_y = tl.zeros([BL, BP], tl.float32)
-    b_y = dot(b_M, turnable(b_writes, b_M, TURN), KIND, PRECISION, b_y)
-    if p_D is not None:
-        if D_WIDE:
-            b_D = tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
-        else:
-            b_D = tl.load(p_D + i_h).to(tl.float32)
-        if SKIP_DT:
-            b_y += b_D * b_writes
-        else:
-            b_y += b_D * b_x
+    b_y = dot(b_M, turnable(b_x, b_M, TURN), KIND, PRECISION, b_y)
+    if D_WIDE:
+        b_D = tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
+        b_y += b_D * b_x.to(tl.float32) * (b_step[:, None] if SKIP_DT else 1.0)
     if ENDS == LENGTHS:
         b_y = tl.where(m_t[:, None], b_y, 0.0)
     m_y = (o_t < written)[:, None] & m_p[None, :]
@@ -446,51 +454,63 @@ def scan_backward(
     b_C = tl.load(p_C + o_C, mask=m_tn, other=0.0)
     b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION)
     b_dy = tl.load(p_grad + o_dy, mask=m_tx, other=0.0)
-    b_x = tl.load(p_x + o_x, mask=m_tx, other=0.0).to(tl.float32)
-    b_writes = b_x * b_step[:, None]
-    b_dD = tl.sum(b_dy.to(tl.float32) * (b_writes if SKIP_DT else b_x), 0)
-    if D_WIDE:
-        tl.store(p_dD, b_dD, mask=m_p)
-    else:
-        tl.store(p_sums + 2 * H, tl.sum(b_dD, 0))
-    b_W = dot(b_dy, tl.trans(b_writes), KIND, PRECISION)
+    b_x = tl.load(p_x + o_x, mask=m_tx, other=0.0)
+    # All that is summed over the head dim is in this product: gradients of steps, decays and skip are sums of it.
+    b_W = dot(b_dy, tl.trans(b_x), KIND, PRECISION)
     b_decay = decay_matrix(b_total, BL)
     b_M *= b_decay
-    b_ends = decay_gradient(b_W * b_M)
-    b_W *= b_decay
+    b_V = b_W * b_M
+    b_dstep = tl.sum(b_V, 0)
+    b_ends = decay_gradient(b_V, b_step, BL, KIND, PRECISION)
+    o_l = tl.arange(0, BL)
+    if D_WIDE:
+        b_D = tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
+        b_skipped = b_dy.to(tl.float32) * b_x.to(tl.float32)
+        if SKIP_DT:
+            b_dstep += tl.sum(b_skipped * b_D, 1)
+            b_skipped *= b_step[:, None]
+            b_D *= b_step[:, None]
+        tl.store(p_dD, tl.sum(b_skipped, 0), mask=m_p)
+        b_skip = b_dy.to(tl.float32) * b_D
+        b_M *= b_step[None, :]
+    elif p_D is not None:
+        D = tl.load(p_D + i_h).to(tl.float32)
+        b_own = tl.sum(tl.where(o_l[:, None] == o_l[None, :], b_W, 0.0), 0)
+        if SKIP_DT:
+            b_dstep += D * b_own
+            b_own *= b_step
+        store_sum(p_sums + 2 * H, b_own)
+        b_M = with_skip(b_M, b_step, D, SKIP_DT, BL)
+    else:
+        tl.store(p_sums + 2 * H, 0.0)
+        b_M *= b_step[None, :]
+    b_W *= b_decay * b_step[None, :]
 
     if STATEFUL:
         total = last_of(b_total, BL)
-        b_until = tl.exp2((total - b_total).to(tl.float32))[:, None]
+        b_until = tl.exp2((total - b_total).to(tl.float32))
         at_state = ((tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t) * (P * N)
         o_state = at_state + o_p[:, None] * N + o_n[None, :]
         m_state = m_p[:, None] & m_n[None, :] & (i_t * BL < count)
         b_B = again(b_B, p_B + o_B, m_tn, STATEFUL)
         b_dstate = tl.load(p_dstates + o_state, mask=m_state, other=0.0)
-        b_dwrites = dot(b_B, tl.trans(b_dstate), KIND, PRECISION) * b_until
+        b_dx = dot(b_B, tl.trans(b_dstate), KIND, PRECISION) * (b_until * b_step)[:, None]
     else:
-        b_dwrites = tl.zeros([BL, BP], tl.float32)
+        b_dx = tl.zeros([BL, BP], tl.float32)
     b_dy = again(b_dy, p_grad + o_dy, m_tx, STATEFUL)
-    b_dwrites = dot(tl.trans(b_M), turnable(b_dy, b_W, TURN), KIND, PRECISION, b_dwrites)
-    b_D = tl.zeros([1, BP], tl.float32)
-    if p_D is not None:
-        if D_WIDE:
-            b_D += tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
-        else:
-            b_D += tl.load(p_D + i_h).to(tl.float32)
-    if SKIP_DT:
-        b_dwrites += b_D * b_dy.to(tl.float32)
-        b_dx = b_dwrites * b_step[:, None]
-    else:
-        b_dx = b_dwrites * b_step[:, None] + b_D * b_dy.to(tl.float32)
-    b_x = again(b_x, p_x + o_x, m_tx, STATEFUL).to(tl.float32)
-    b_dstep = tl.sum(b_dwrites * b_x, 1)
+    b_dx = dot(tl.trans(b_M), turnable(b_dy, b_W, TURN), KIND, PRECISION, b_dx)
+    if D_WIDE:
+        b_dx += b_skip
     tl.store(p_dx + o_t[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_p_out)
 
     if STATEFUL:
         b_B = again(b_B, p_B + o_B, m_tn, STATEFUL)
-        b_dB = dot(b_x * b_step[:, None], turnable(b_dstate, b_W, TURN), KIND, PRECISION) * b_until
-        b_wrote = tl.sum(b_dB * b_B.to(tl.float32), 1).to(tl.float64)
+        b_x = again(b_x, p_x + o_x, m_tx, STATEFUL)
+        b_dB = dot(b_x, turnable(b_dstate, b_W, TURN), KIND, PRECISION) * b_until[:, None]
+        b_wrote = tl.sum(b_dB * b_B.to(tl.float32), 1)
+        b_dstep += b_wrote
+        b_wrote = (b_wrote * b_step).to(tl.float64)
+        b_dB *= b_step[:, None]
     else:
         b_dB = tl.zeros([BL, BN], tl.float32)
     b_C = again(b_C, p_C + o_C, m_tn, STATEFUL)
