@@ -53,6 +53,24 @@ def exp2(v):
 
 
 @triton.jit
+def latter(a, b):
+    """The second argument."""
+    return b
+
+
+@triton.jit
+def pinned(b):
+    """The vector as it is, but computed once: not again in every register layout in which it is wanted.
+
+    The compiler repeats any arithmetic, but never a scan.
+    """
+    if INTERPRETED:
+        return b
+    else:
+        return tl.associative_scan(b, 0, latter)
+
+
+@triton.jit
 def softplus(v):
     """log(1 + e^v), with full relative precision where it is tiny."""
     e = tl.exp(tl.minimum(v, 20.0))
@@ -100,13 +118,48 @@ def dot(a, b, KIND: tl.constexpr, PRECISION: tl.constexpr, onto=None):
 
 
 @triton.jit
-def decay_gradient(b_between):
-    """Gradient of the one-step logarithms: sums of b_between[t, s] over the rectangles t >= r > s.
+def step_gradients(
+    b_W, b_M, b_step, D, SKIP_DT: tl.constexpr, BL: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr
+):
+    """From W[t, s] = dy[t] x[s] and M[t, s], the products of reads and writes with their decay: three vectors.
 
-    Row and column sums are taken in float64, where their difference is exact enough to be summed backwards.
+    The gradient of the one-step logarithms, to be summed backwards; that of the step sizes as factors of what is
+    written and skipped; that of D at each place.
+
+    Of V = W M the first has rows of V[t, s] step[s] less its columns, s < t: summed backwards these are the sums over
+    the rectangles t >= r > s. Where the products are about float32 they are summed in float64: what cancels may be far
+    larger than what remains. Beside the rounding of TF32 or bfloat16 products float32 is enough. Sums over columns
+    cross all threads and are dear, so there is one; a diagonal is taken along the rows.
     """
-    b_wide = b_between.to(tl.float64)
-    return tl.sum(b_wide, 1) - tl.sum(b_wide, 0)
+    o_l = tl.arange(0, BL)
+    b_V = b_W * b_M
+    m_diagonal = o_l[:, None] == o_l[None, :]
+    b_before = tl.where(o_l[:, None] > o_l[None, :], b_V, 0.0)
+    b_dskip = tl.sum(tl.where(m_diagonal, b_W, 0.0), 1)
+    b_dstep = tl.sum(tl.where(m_diagonal, b_V, 0.0), 1)
+    if tl.float32 == KIND and PRECISION == "tf32x3":
+        b_before = b_before.to(tl.float64)
+        b_rate = b_step.to(tl.float64)
+    else:
+        b_rate = b_step
+    b_columns = tl.sum(b_before, 0)
+    b_ends = tl.sum(b_before * b_rate[None, :], 1).to(tl.float64) - (b_columns * b_rate).to(tl.float64)
+    b_dstep += b_columns.to(tl.float32)
+    if SKIP_DT:
+        b_dstep += D * b_dskip
+        b_dskip *= b_step
+    return b_ends, b_dstep, b_dskip
+
+
+@triton.jit
+def with_skip(b_M, b_step, D, SKIP_DT: tl.constexpr, BL: tl.constexpr):
+    """Products of reads and writes with their decay, [t, s], to what x is multiplied by: step sizes and skip inside."""
+    o_l = tl.arange(0, BL)
+    b_skip = tl.where(o_l[:, None] == o_l[None, :], D, 0.0)
+    if SKIP_DT:
+        return (b_M + b_skip) * b_step[None, :]
+    else:
+        return b_M * b_step[None, :] + b_skip
 
 
 @triton.jit

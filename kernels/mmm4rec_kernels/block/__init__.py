@@ -89,8 +89,7 @@ def ssd_block(
         longest = main.shape[1] if cu_seqlens is None else max_length or sequences.longest(cu_seqlens)
         crossing = projected if isinstance(projected, CrossProjections) else None
         out: torch.Tensor
-        several = several_in_a_tile(cu_seqlens is not None, longest)
-        out, *_ = (short_forward if several else ssd_block_forward)(
+        tensors = (
             main,
             None if crossing is None else crossing.z,
             None if crossing is None else crossing.C,
@@ -101,6 +100,11 @@ def ssd_block(
             D_H,
             dt_bias_H,
             norm_weight_E,
+        )
+        gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        several = several_in_a_tile(cu_seqlens is not None, longest, gradients)
+        out, *_ = (short_forward if several else ssd_block_forward)(
+            *tensors,
             lengths if cu_seqlens is None else cu_seqlens,
             cu_seqlens is not None,
             longest,

@@ -67,7 +67,7 @@ def forward(
     x, B, c = _scan_inputs(acts, width, states)
     y, kept, _ = scan.forward(
         _heads(x, heads),
-        dt if factor is None else dt.float() * factor,
+        dt,
         -torch.exp(A_log.float()),
         _heads(B, groups),
         _heads(c, groups),
@@ -81,6 +81,7 @@ def forward(
         None,
         skip_dt,
         False,
+        factor,
     )
     y = y.view(*y.shape[:2], width)
     gate = projected[..., :width] if z is None else z
@@ -124,12 +125,15 @@ def backward(
     d_acts = [torch.empty_like(act) for act in acts]
     dt = projected[..., -heads:]
     A = -torch.exp(A_log.float())
-    _, d_dt, _, _, _, sums, _ = scan.backward(
+    d_factor = (
+        projected.new_empty(0) if factor is None else torch.empty(factor.shape, dtype=factor.dtype, device=dt.device)
+    )
+    *_, sums, _ = scan.backward(
         d_y,
         None,
         kept,
         _heads(x, heads),
-        dt if factor is None else dt.float() * factor,
+        dt,
         A,
         _heads(B, groups),
         _heads(c, groups),
@@ -142,18 +146,10 @@ def backward(
         True,
         None,
         skip_dt,
-        _scan_inputs(d_acts, width, states),
+        (*_scan_inputs(d_acts, width, states), d_projected[..., -heads:]),
+        factor,
+        d_factor,
     )
-    d_factor = projected.new_empty(0)
-    if factor is not None:
-        d_factor = (d_dt * dt).to(factor.dtype)
-        d_dt = d_dt * factor
-    if ends is not None and not packed:
-        outside = torch.arange(dt.shape[1], device=dt.device) >= ends[:, None]
-        d_dt = d_dt.masked_fill(outside[..., None], 0)
-        d_factor = d_factor.masked_fill(outside[..., None], 0) if factor is not None else d_factor
-    d_projected[..., -heads:] = d_dt
-
     d_taps, d_bias, at = [], [], 0
     d_columns = _columns(d_projected, None if C is None else d_C, width, states)
     for columns, d_act, d_column in zip(_columns(projected, C, width, states), d_acts, d_columns, strict=True):

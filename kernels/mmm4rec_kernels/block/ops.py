@@ -12,13 +12,14 @@ import torch
 
 from mmm4rec_kernels.ssd.ops import chunks
 
-SHORT, SHORT_PACKED = 8, 32
-"""Longest sequences for which several in one tile were faster, forward and backward together, on an H200."""
+SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
+"""Longest sequences for which several in one tile were faster on an H200: forward and backward together, so for packed
+ones, and forward alone."""
 
 
-def several_in_a_tile(packed: bool, longest: int) -> bool:
-    """Whether the operator for short sequences takes a call."""
-    return longest <= (SHORT_PACKED if packed else SHORT)
+def several_in_a_tile(packed: bool, longest: int, gradients: bool) -> bool:
+    """Whether the operator for short sequences takes a call; `gradients` if some are wanted."""
+    return longest <= (SHORT_PACKED if packed else SHORT if gradients else SHORT_FORWARD)
 
 
 @torch.library.custom_op("mmm4rec_kernels::ssd_block", mutates_args=())

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from mmm4rec_kernels.conv1d import fused as conv1d
 from mmm4rec_kernels.launch import kind, precision, tile
+from mmm4rec_kernels.sums import sum_rows
 from mmm4rec_kernels.tiles import (
     INTERPRETED,
     LOG2E,
@@ -503,26 +504,6 @@ def block_steps_backward(
     tl.store(p_ddt + o_wide * ROW_D + o_h[None, :], b_ddt.to(p_ddt.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def ordered_sums(p_from, p_to, count, columns, row, BR: tl.constexpr, BC: tl.constexpr):
-    """Sums over the rows of a [count, columns] tensor, always in the same order."""
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    o_r = tl.arange(0, BR)
-    b_sum = tl.zeros([BR, BC], tl.float32)
-    for r in range(0, count, BR):
-        mask = (o_r < count - r)[:, None] & (o_c < columns)[None, :]
-        b_sum += tl.load(p_from + (r + o_r)[:, None] * row + o_c[None, :], mask=mask, other=0.0)
-    tl.store(p_to + o_c, tl.sum(b_sum, 0), mask=o_c < columns)
-
-
-def _sum_into(rows: torch.Tensor, to: torch.Tensor) -> None:
-    """Sum of [R, columns] over R into a run of `to`."""
-    columns = rows.shape[1]
-    ordered_sums[(triton.cdiv(columns, 32),)](
-        rows, to, rows.shape[0], columns, rows.stride(0), BR=64, BC=32, num_warps=4
-    )
-
-
 def _flat(t: torch.Tensor) -> torch.Tensor:
     """[B, L, columns] whose places are a fixed distance apart, over all sequences."""
     return t if t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1) else t.contiguous()
@@ -798,11 +779,11 @@ def backward(
             grads, raw, weight[start:end], bias[start:end], ends, packed, longest, True, grads
         )
         if C is None:
-            _sum_into(partial, flat)
+            sum_rows(partial, flat)
         else:
-            _sum_into(partial[:, : (end - start) * taps], flat[start * taps :])
-            _sum_into(partial[:, (end - start) * taps :], flat[channels * taps + start :])
+            sum_rows(partial[:, : (end - start) * taps], flat[start * taps :])
+            sum_rows(partial[:, (end - start) * taps :], flat[channels * taps + start :])
     rest = flat[channels * (taps + 1) :]
-    _sum_into(sums, rest)
-    _sum_into(step_sums, rest[width + heads :])
+    sum_rows(sums, rest)
+    sum_rows(step_sums, rest[width + heads :])
     return d_projected, d_z_out, d_C_out, d_factor, flat

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import align, processors
+from mmm4rec_kernels.sums import sum_rows
 from mmm4rec_kernels.tiles import PACKED, sequence_bounds, sequence_start, sigmoid
 
 RUN = 64
@@ -235,7 +236,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of x, and of taps [C, K] and bias [C] one behind the other in float32."""
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
-    return d_x, backward_sums(grad, x, weight, bias, ends, packed, longest, silu, d_x).sum(0)
+    return d_x, sum_rows(backward_sums(grad, x, weight, bias, ends, packed, longest, silu, d_x))
 
 
 def backward_sums(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import align, processors
+from mmm4rec_kernels.sums import sum_rows
 from mmm4rec_kernels.tiles import sigmoid
 
 ELEMENTS = 512
@@ -218,4 +219,4 @@ def backward(
         BEFORE=before,
         **tile,
     )
-    return d_y, d_z, sums.sum(0)
+    return d_y, d_z, sum_rows(sums)

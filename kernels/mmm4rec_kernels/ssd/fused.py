@@ -19,33 +19,38 @@ import triton.language as tl
 from mmm4rec_kernels.backend import interpreting
 from mmm4rec_kernels.launch import align, kind, precision, tile, warp_group_products
 from mmm4rec_kernels.ssd.ops import ONE_TILE, chunk_places, chunks
+from mmm4rec_kernels.sums import sum_rows
 from mmm4rec_kernels.tiles import (
     LENGTHS,
     LOG2E,
     PACKED,
-    decay_gradient,
     decay_matrix,
     dot,
+    pinned,
     sequence_bounds,
     sequence_start,
     sigmoid,
     softplus,
+    step_gradients,
     store_sum,
+    with_skip,
 )
 
 FORWARD_WARPS = {16: 1, 32: 1, 64: 4}
-BACKWARD_WARPS = {4: {16: 1, 32: 2, 64: 4}, 2: {16: 1, 32: 1, 64: 4}}
-"""Warps of a program, by the places of its chunk, backward also by the bytes of an element: measured on an H200, one
-fixed choice, no tuning at a first call."""
+BACKWARD_WARPS = {16: 1, 32: 1, 64: 4}
+"""Warps of a program, by the places of its chunk: measured on an H100, one fixed choice, no tuning at a first call.
+Backward, three TF32 products in place of one need twice the registers, and two warps up to 32 places."""
 STATE_WARPS = 4
 WALK = 256
 """Numbers of a state that a program carries over the chunks."""
 
 
 @triton.jit
-def raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h):
+def raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h):
     """Step sizes of a tile before softplus."""
     b_dt = tl.load(p_dt + o_t * dt_row, mask=m_t, other=0.0).to(tl.float32)
+    if p_factor is not None:
+        b_dt *= tl.load(p_factor + o_t * factor_row, mask=m_t, other=0.0).to(tl.float32)
     if p_bias is not None:
         b_dt += tl.load(p_bias + i_h).to(tl.float32)
     return b_dt
@@ -59,7 +64,7 @@ def final_steps(b_dt, m_t, low, high, SOFTPLUS: tl.constexpr, LIMIT: tl.constexp
         b_step = softplus(b_dt)
     if LIMIT:
         b_step = tl.minimum(tl.maximum(b_step, low), high)
-    return tl.where(m_t, b_step, 0.0)
+    return pinned(tl.where(m_t, b_step, 0.0))
 
 
 @triton.jit
@@ -127,6 +132,7 @@ def row_start(first, i_s, length, ENDS: tl.constexpr):
 def chunk_writes(
     p_x,
     p_dt,
+    p_factor,
     p_A,
     p_B,
     p_bias,
@@ -142,6 +148,9 @@ def chunk_writes(
     dt_batch,
     dt_row,
     dt_head,
+    factor_batch,
+    factor_row,
+    factor_head,
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -168,13 +177,17 @@ def chunk_writes(
     p_x += sequence_start(first, i_s, x_batch, ROW_X, ALIGN, ENDS) + i_h * HEAD_X
     p_B += sequence_start(first, i_s, B_batch, ROW_B, ALIGN, ENDS) + (i_h // SHARES) * GROUP_B
     p_dt = dt_start(p_dt, first, i_s, i_h, dt_batch, dt_row, dt_head, ENDS)
+    if p_factor is not None:
+        p_factor = dt_start(p_factor, first, i_s, i_h, factor_batch, factor_row, factor_head, ENDS)
     o_t = i_t * BL + tl.arange(0, BL)
     o_p = tl.arange(0, BP)
     o_n = tl.arange(0, BN)
     m_t = o_t < count
     b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_t[:, None] & (o_p < P)[None, :], other=0.0)
     b_B = tl.load(p_B + o_t[:, None] * ROW_B + o_n[None, :], mask=m_t[:, None] & (o_n < N)[None, :], other=0.0)
-    b_step = final_steps(raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h), m_t, low, high, SOFTPLUS, LIMIT)
+    b_step = final_steps(
+        raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h), m_t, low, high, SOFTPLUS, LIMIT
+    )
     b_total = tl.cumsum(b_step.to(tl.float64) * (tl.load(p_A + i_h).to(tl.float64) * LOG2E), 0)
     total = last_of(b_total, BL)
     b_factor = tl.exp2(b_total.to(tl.float32)) if SINCE else b_step * tl.exp2((total - b_total).to(tl.float32))
@@ -249,6 +262,7 @@ def walk(
 def scan_forward(
     p_x,
     p_dt,
+    p_factor,
     p_A,
     p_B,
     p_C,
@@ -267,6 +281,9 @@ def scan_forward(
     dt_batch,
     dt_row,
     dt_head,
+    factor_batch,
+    factor_row,
+    factor_head,
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -299,6 +316,8 @@ def scan_forward(
     p_B += sequence_start(first, i_s, B_batch, ROW_B, ALIGN, ENDS) + i_g * GROUP_B
     p_C += sequence_start(first, i_s, C_batch, ROW_C, ALIGN, ENDS) + i_g * GROUP_C
     p_dt = dt_start(p_dt, first, i_s, i_h, dt_batch, dt_row, dt_head, ENDS)
+    if p_factor is not None:
+        p_factor = dt_start(p_factor, first, i_s, i_h, factor_batch, factor_row, factor_head, ENDS)
     p_y += row_start(first, i_s, length, ENDS) * (H * P) + i_h * P
 
     o_t = i_t * BL + tl.arange(0, BL)
@@ -310,13 +329,18 @@ def scan_forward(
     m_tx = m_t[:, None] & m_p[None, :]
     m_tn = m_t[:, None] & m_n[None, :]
     A = tl.load(p_A + i_h).to(tl.float64) * LOG2E
-    b_step = final_steps(raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h), m_t, low, high, SOFTPLUS, LIMIT)
+    b_step = final_steps(
+        raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h), m_t, low, high, SOFTPLUS, LIMIT
+    )
     b_total = tl.cumsum(b_step.to(tl.float64) * A, 0)
     b_B = tl.load(p_B + o_t[:, None] * ROW_B + o_n[None, :], mask=m_tn, other=0.0)
     b_C = tl.load(p_C + o_t[:, None] * ROW_C + o_n[None, :], mask=m_tn, other=0.0)
-    b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_tx, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_tx, other=0.0)
     b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * decay_matrix(b_total, BL)
-    b_writes = b_x * b_step[:, None]
+    D = 0.0
+    if p_D is not None and not D_WIDE:
+        D = tl.load(p_D + i_h).to(tl.float32)
+    b_M = with_skip(b_M, b_step, D, SKIP_DT, BL)
     if STATEFUL:
         at_state = (tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t
         p_state = p_states + at_state * (P * N) + o_p[:, None] * N + o_n[None, :]
@@ -326,16 +350,10 @@ def scan_forward(
         b_y = dot(b_C, tl.trans(b_state), KIND, PRECISION) * b_since[:, None]
     else:
         b_y = tl.zeros([BL, BP], tl.float32)
-    b_y = dot(b_M, turnable(b_writes, b_M, TURN), KIND, PRECISION, b_y)
-    if p_D is not None:
-        if D_WIDE:
-            b_D = tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
-        else:
-            b_D = tl.load(p_D + i_h).to(tl.float32)
-        if SKIP_DT:
-            b_y += b_D * b_writes
-        else:
-            b_y += b_D * b_x
+    b_y = dot(b_M, turnable(b_x, b_M, TURN), KIND, PRECISION, b_y)
+    if D_WIDE:
+        b_D = tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
+        b_y += b_D * b_x.to(tl.float32) * (b_step[:, None] if SKIP_DT else 1.0)
     if ENDS == LENGTHS:
         b_y = tl.where(m_t[:, None], b_y, 0.0)
     m_y = (o_t < written)[:, None] & m_p[None, :]
@@ -346,6 +364,7 @@ def scan_forward(
 def scan_backward(
     p_x,
     p_dt,
+    p_factor,
     p_A,
     p_B,
     p_C,
@@ -357,6 +376,7 @@ def scan_backward(
     p_grad,
     p_dx,
     p_ddt,
+    p_dfactor,
     p_dB,
     p_dC,
     p_sums,
@@ -371,6 +391,9 @@ def scan_backward(
     dt_batch,
     dt_row,
     dt_head,
+    factor_batch,
+    factor_row,
+    factor_head,
     share,
     H: tl.constexpr,
     P: tl.constexpr,
@@ -383,6 +406,7 @@ def scan_backward(
     ROW_C: tl.constexpr,
     GROUP_C: tl.constexpr,
     ROW_DX: tl.constexpr,
+    ROW_DDT: tl.constexpr,
     ROW_DB: tl.constexpr,
     ROW_DC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -420,12 +444,14 @@ def scan_backward(
     p_B += sequence_start(first, i_s, B_batch, ROW_B, ALIGN, ENDS) + i_g * GROUP_B
     p_C += sequence_start(first, i_s, C_batch, ROW_C, ALIGN, ENDS) + i_g * GROUP_C
     p_dt = dt_start(p_dt, first, i_s, i_h, dt_batch, dt_row, dt_head, ENDS)
+    if p_factor is not None:
+        p_factor = dt_start(p_factor, first, i_s, i_h, factor_batch, factor_row, factor_head, ENDS)
     row = row_start(first, i_s, length, ENDS)
     p_grad += row * (H * P) + i_h * P
     p_dx += row * ROW_DX + i_h * P
     p_dB += (i_h % SHARES).to(tl.int64) * share + row * ROW_DB + i_g * N
     p_dC += (i_h % SHARES).to(tl.int64) * share + row * ROW_DC + i_g * N
-    p_ddt += row * H + i_h
+    p_ddt += row * ROW_DDT + i_h
     A = tl.load(p_A + i_h).to(tl.float32)
 
     o_t = i_t * BL + tl.arange(0, BL)
@@ -439,58 +465,61 @@ def scan_backward(
     o_B = o_t[:, None] * ROW_B + o_n[None, :]
     o_C = o_t[:, None] * ROW_C + o_n[None, :]
     o_dy = o_t[:, None] * (H * P) + o_p[None, :]
-    b_dt = raw_steps(p_dt, p_bias, o_t, m_t, dt_row, i_h)
+    b_dt = raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h)
     b_step = final_steps(b_dt, m_t, low, high, SOFTPLUS, LIMIT)
     b_total = tl.cumsum(b_step.to(tl.float64) * (A.to(tl.float64) * LOG2E), 0)
     b_B = tl.load(p_B + o_B, mask=m_tn, other=0.0)
     b_C = tl.load(p_C + o_C, mask=m_tn, other=0.0)
     b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION)
     b_dy = tl.load(p_grad + o_dy, mask=m_tx, other=0.0)
-    b_x = tl.load(p_x + o_x, mask=m_tx, other=0.0).to(tl.float32)
-    b_writes = b_x * b_step[:, None]
-    b_dD = tl.sum(b_dy.to(tl.float32) * (b_writes if SKIP_DT else b_x), 0)
-    if D_WIDE:
-        tl.store(p_dD, b_dD, mask=m_p)
-    else:
-        tl.store(p_sums + 2 * H, tl.sum(b_dD, 0))
-    b_W = dot(b_dy, tl.trans(b_writes), KIND, PRECISION)
+    b_x = tl.load(p_x + o_x, mask=m_tx, other=0.0)
+    # All that is summed over the head dim is in this product: gradients of steps, decays and skip are sums of it.
+    b_W = dot(b_dy, tl.trans(b_x), KIND, PRECISION)
     b_decay = decay_matrix(b_total, BL)
     b_M *= b_decay
-    b_ends = decay_gradient(b_W * b_M)
-    b_W *= b_decay
+    D = 0.0
+    if p_D is not None and not D_WIDE:
+        D = tl.load(p_D + i_h).to(tl.float32)
+    b_ends, b_dstep, b_dskip = step_gradients(b_W, b_M, b_step, D, SKIP_DT, BL, KIND, PRECISION)
+    b_M = with_skip(b_M, b_step, D, SKIP_DT, BL)
+    if D_WIDE:
+        b_D = tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
+        b_skipped = b_dy.to(tl.float32) * b_x.to(tl.float32)
+        if SKIP_DT:
+            b_dstep += tl.sum(b_skipped * b_D, 1)
+            b_skipped *= b_step[:, None]
+            b_D *= b_step[:, None]
+        tl.store(p_dD, tl.sum(b_skipped, 0), mask=m_p)
+        b_skip = b_dy.to(tl.float32) * b_D
+    else:
+        store_sum(p_sums + 2 * H, b_dskip)
+    b_W *= b_decay * b_step[None, :]
 
     if STATEFUL:
         total = last_of(b_total, BL)
-        b_until = tl.exp2((total - b_total).to(tl.float32))[:, None]
+        b_until = tl.exp2((total - b_total).to(tl.float32))
         at_state = ((tl.cast(i_s, tl.int64) * H + i_h) * chunks + i_t) * (P * N)
         o_state = at_state + o_p[:, None] * N + o_n[None, :]
         m_state = m_p[:, None] & m_n[None, :] & (i_t * BL < count)
         b_B = again(b_B, p_B + o_B, m_tn, STATEFUL)
         b_dstate = tl.load(p_dstates + o_state, mask=m_state, other=0.0)
-        b_dwrites = dot(b_B, tl.trans(b_dstate), KIND, PRECISION) * b_until
+        b_dx = dot(b_B, tl.trans(b_dstate), KIND, PRECISION) * (b_until * b_step)[:, None]
     else:
-        b_dwrites = tl.zeros([BL, BP], tl.float32)
+        b_dx = tl.zeros([BL, BP], tl.float32)
     b_dy = again(b_dy, p_grad + o_dy, m_tx, STATEFUL)
-    b_dwrites = dot(tl.trans(b_M), turnable(b_dy, b_W, TURN), KIND, PRECISION, b_dwrites)
-    b_D = tl.zeros([1, BP], tl.float32)
-    if p_D is not None:
-        if D_WIDE:
-            b_D += tl.load(p_D + i_h * P + o_p, mask=m_p, other=0.0).to(tl.float32)[None, :]
-        else:
-            b_D += tl.load(p_D + i_h).to(tl.float32)
-    if SKIP_DT:
-        b_dwrites += b_D * b_dy.to(tl.float32)
-        b_dx = b_dwrites * b_step[:, None]
-    else:
-        b_dx = b_dwrites * b_step[:, None] + b_D * b_dy.to(tl.float32)
-    b_x = again(b_x, p_x + o_x, m_tx, STATEFUL).to(tl.float32)
-    b_dstep = tl.sum(b_dwrites * b_x, 1)
+    b_dx = dot(tl.trans(b_M), turnable(b_dy, b_W, TURN), KIND, PRECISION, b_dx)
+    if D_WIDE:
+        b_dx += b_skip
     tl.store(p_dx + o_t[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_p_out)
 
     if STATEFUL:
         b_B = again(b_B, p_B + o_B, m_tn, STATEFUL)
-        b_dB = dot(b_x * b_step[:, None], turnable(b_dstate, b_W, TURN), KIND, PRECISION) * b_until
-        b_wrote = tl.sum(b_dB * b_B.to(tl.float32), 1).to(tl.float64)
+        b_x = again(b_x, p_x + o_x, m_tx, STATEFUL)
+        b_dB = dot(b_x, turnable(b_dstate, b_W, TURN), KIND, PRECISION) * b_until[:, None]
+        b_wrote = tl.sum(b_dB * b_B.to(tl.float32), 1)
+        b_dstep += b_wrote
+        b_wrote = (b_wrote * b_step).to(tl.float64)
+        b_dB *= b_step[:, None]
     else:
         b_dB = tl.zeros([BL, BN], tl.float32)
     b_C = again(b_C, p_C + o_C, m_tn, STATEFUL)
@@ -526,9 +555,14 @@ def scan_backward(
     if SOFTPLUS:
         b_dstep *= sigmoid(b_dt)
     b_dstep = tl.where(m_t, b_dstep, 0.0)
-    tl.store(p_ddt + o_t * H, b_dstep.to(p_ddt.dtype.element_ty), mask=m_written)
     store_sum(p_sums, b_da * b_step)
     store_sum(p_sums + H, b_dstep)
+    if p_factor is not None:
+        b_raw = tl.load(p_dt + o_t * dt_row, mask=m_t, other=0.0).to(tl.float32)
+        p_dfactor += row * H + i_h
+        tl.store(p_dfactor + o_t * H, (b_dstep * b_raw).to(p_dfactor.dtype.element_ty), mask=m_written)
+        b_dstep *= tl.load(p_factor + o_t * factor_row, mask=m_t, other=0.0).to(tl.float32)
+    tl.store(p_ddt + o_t * ROW_DDT, b_dstep.to(p_ddt.dtype.element_ty), mask=m_written)
 
 
 def _sizes(
@@ -569,6 +603,7 @@ def _arrivals(
     longest: int,
     softplus_on: bool,
     limit: tuple[float, float] | None,
+    factor: torch.Tensor | None,
     first: torch.Tensor | None,
     last: torch.Tensor | None,
     back: bool,
@@ -584,6 +619,7 @@ def _arrivals(
     chunk_writes[(heads * count * sequences,)](
         writer,
         dt,
+        factor,
         A,
         B,
         bias,
@@ -596,6 +632,7 @@ def _arrivals(
         writer.stride(0) // unit,
         B.stride(0) // unit,
         *dt.stride(),
+        *_factor_strides(factor),
         H=heads,
         P=width,
         N=state,
@@ -636,11 +673,15 @@ def _arrivals(
     return states
 
 
+def _factor_strides(factor: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if factor is None else factor.stride()
+
+
 def _strides(
-    x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+    x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, factor: torch.Tensor | None
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     unit = align(*(t.stride(i) for t in (x, B, C) for i in (0, 1, 2)))
-    batch = (x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, *dt.stride())
+    batch = (x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, *dt.stride(), *_factor_strides(factor))
     return batch, {
         "ROW_X": x.stride(1),
         "HEAD_X": x.stride(2),
@@ -668,8 +709,12 @@ def forward(
     limit: tuple[float, float] | None,
     skip_dt: bool,
     want_final: bool,
+    factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Y [B, L, H, P], the states at the chunks' starts [B, H, K, P, N], the last states; empty where not needed."""
+    """Y [B, L, H, P], the states at the chunks' starts [B, H, K, P, N], the last states; empty where not needed.
+
+    `factor` [B, L, H] multiplies dt before the bias.
+    """
     batch, length, heads, width = x.shape
     groups, state = B.shape[2:]
     sequences, BL, count, BP, BN = _sizes(x, B, ends, packed, longest)
@@ -682,12 +727,13 @@ def forward(
     if stateful:
         first = None if initial is None else initial.contiguous()
         last = final if want_final else None
-        where = (ends, packed, longest, softplus_on, limit)
+        where = (ends, packed, longest, softplus_on, limit, factor)
         states = _arrivals(x, dt, A, B, bias, *where, first, last, False)
-    strides, layout = _strides(x, dt, B, C)
+    strides, layout = _strides(x, dt, B, C, factor)
     scan_forward[(heads * count * sequences,)](
         x,
         dt,
+        factor,
         A,
         B,
         C,
@@ -741,11 +787,15 @@ def backward(
     softplus_on: bool,
     limit: tuple[float, float] | None,
     skip_dt: bool,
-    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    factor: torch.Tensor | None = None,
+    d_factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, dt, B, C, the initial states, of A, bias, D [3, H] and of D [H, P]; empty where there is none.
 
-    `into` receives the gradients of x, B and C: [B, L, E], [B, L, GN] and [B, L, GN] with contiguous columns.
+    `into` receives the gradients of x, B, C and dt: [B, L, E], [B, L, GN], [B, L, GN] and [B, L, H], their columns
+    contiguous and their places a fixed stride apart. `factor` [B, L, H] multiplied dt; `d_factor` receives its
+    gradient, contiguous.
     """
     batch, length, heads, width = x.shape
     groups, state = B.shape[2:]
@@ -756,16 +806,17 @@ def backward(
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     wide = D is not None and D.dim() == 2
+    three_pass = x.dtype == torch.float32 and precision() == "tf32x3"
     if into is None:
         d_x = new(batch, length, heads * width, dtype=x.dtype)
         d_B, d_C = (new(batch, length, groups * state, dtype=x.dtype) for _ in range(2))
+        d_dt = new(batch, length, heads, dtype=dt.dtype)
     else:
-        d_x, d_B, d_C = into
+        d_x, d_B, d_C, d_dt = into
     if shares > 1:
         B_target, C_target = (new(shares, batch, length, groups * state) for _ in range(2))
     else:
         B_target, C_target = d_B, d_C
-    d_dt = new(batch, length, heads, dtype=dt.dtype)
     d_initial = new(0) if initial is None else new(*initial.shape)
     sums = new(sequences * count, 3, heads) if sequences else torch.zeros(1, 3, heads, device=x.device)
     d_D = new(sequences * count if wide else 0, heads, width)
@@ -775,12 +826,13 @@ def backward(
         if states.numel():
             first = None if grad_final is None else grad_final.contiguous()
             last = None if initial is None else d_initial
-            where = (ends, packed, longest, softplus_on, limit)
+            where = (ends, packed, longest, softplus_on, limit, factor)
             d_states = _arrivals(grad, dt, A, C, bias, *where, first, last, True)
-        strides, layout = _strides(x, dt, B, C)
+        strides, layout = _strides(x, dt, B, C, factor)
         scan_backward[(heads * count * sequences,)](
             x,
             dt,
+            factor,
             A,
             B,
             C,
@@ -792,6 +844,7 @@ def backward(
             grad,
             d_x,
             d_dt,
+            d_factor,
             B_target,
             C_target,
             sums,
@@ -807,6 +860,7 @@ def backward(
             SHARES=shares,
             **layout,
             ROW_DX=d_x.stride(1),
+            ROW_DDT=d_dt.stride(1),
             ROW_DB=B_target.stride(-2),
             ROW_DC=C_target.stride(-2),
             ENDS=0 if ends is None else 2 if packed else 1,
@@ -821,10 +875,11 @@ def backward(
             BN=BN,
             KIND=kind(x.dtype),
             PRECISION=precision(),
-            num_warps=_warps(BACKWARD_WARPS[x.element_size()], BL, BP, BN, states.numel() > 0),
+            num_warps=max(_warps(BACKWARD_WARPS, BL, BP, BN, states.numel() > 0), 2 if three_pass and BL == 32 else 1),
             num_stages=1,
         )
     if shares > 1:
         d_B.copy_(B_target.sum(0))
         d_C.copy_(C_target.sum(0))
-    return d_x, d_dt, d_B, d_C, d_initial, sums.sum(0), d_D.sum(0) if wide else new(0)
+    totals = sum_rows(sums.view(-1, 3 * heads)).view(3, heads)
+    return d_x, d_dt, d_B, d_C, d_initial, totals, d_D.sum(0) if wide else new(0)
