@@ -156,6 +156,21 @@ def test_a_study_joins_domains_as_pretraining_does(workspace, make_domain, tmp_p
     assert not joined.features.has_image.any(), "pictures are left out"
 
 
+def test_the_published_time_branch_has_next_to_no_gradient(workspace, make_domain, tmp_path, capsys):
+    make_domain()
+    module(EXAMPLES / "benchmarks" / "baselines.py").prepare(workspace, "ring", "test", tmp_path / "ring.npz")
+    small = {"hidden_size": 16, "inner_size": 16, "head_dim": 8, "n_groups": 1, "d_state": 4, "max_len": 6}
+    words = ["--steps", "1", "2", "--batch", "8", *(f"--set=model.{name}={value}" for name, value in small.items())]
+    rows = module(EXAMPLES / "studies" / "time_gradients.py").main([str(tmp_path / "ring.npz"), *words])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    found = {(row["step"], row["parameters"]): row for row in rows}
+    assert len(found) == len(rows) == 8
+    for step in (1, 2):
+        maps, rest = (found[step, kind] for kind in ("step-size maps of the time branch", "all others"))
+        assert maps["gradient"] < maps["pull of weight decay"] / 100
+        assert rest["gradient"] > rest["pull of weight decay"]
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_the_encoding_gives_the_loops_vectors(tmp_path):
     script, out = EXAMPLES / "benchmarks" / "embed.py", tmp_path / "out.jsonl"
