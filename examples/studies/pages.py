@@ -43,12 +43,14 @@ class Results:
         return [torch.from_numpy(np.load(file)).double() for file in files]
 
     def difference(self, arm: Arm, other: Arm, kind: str) -> dict[str, float] | None:
-        """Of the means over the seeds that both have, with the interval; None where they share none."""
+        """Of the means over the seeds that both have, with its interval; None where they share none."""
         seeds = sorted(self.rows[arm.training].keys() & self.rows[other.training].keys())
         if not seeds or arm.training == other.training:
             return None
         ours, theirs = (self.ranks(each, seeds, kind) for each in (arm, other))
-        return paired_bootstrap(ours, theirs, (10,))[METRIC]
+        pairs = ([self.rows[each.training][seed][kind][METRIC] for seed in seeds] for each in (arm, other))
+        above = sum(a > b for a, b in zip(*pairs, strict=True))
+        return paired_bootstrap(ours, theirs, (10,))[METRIC] | {"above": above, "seeds": len(seeds)}
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
@@ -57,8 +59,11 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def gap(found: dict[str, float] | None) -> str:
-    """A difference with its interval."""
-    return "–" if found is None else f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    """A difference with its interval, and in how many seeds it is one upwards."""
+    if found is None:
+        return "–"
+    said = f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    return f"{said} {found['above']}/{found['seeds']}" if "seeds" in found else said
 
 
 def table(results: Results, arms: Sequence[Arm], reference: Callable[[Arm], Arm], against: str) -> list[str]:
@@ -277,8 +282,8 @@ def page(folder: Path, out: Path) -> None:
     lines += [
         f"{len(finished)} fine-tunings on {' and '.join(machines)}, {together} at a time on one GPU: seconds compare "
         "within this page, a training alone is quicker. Mean ± standard deviation over seeds; differences with the 95 "
-        "% interval of a paired bootstrap over users, the means of the seeds that both have. The settings, learning "
-        f"curve and metrics of each row: `{out.stem}.jsonl`.",
+        "% interval of a paired bootstrap over users, of the means of the seeds that both have, and in how many of "
+        f"these the arm lies above (3/5). The settings, learning curve and metrics of each row: `{out.stem}.jsonl`.",
         "",
     ]
     for text, section in zip(texts, SECTIONS, strict=True):
