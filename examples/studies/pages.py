@@ -274,7 +274,7 @@ def page(folder: Path, out: Path) -> None:
     results = Results(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     finished = [row for rows in results.rows.values() for row in rows.values()]
-    machines = sorted({f"{row['device']}, torch {row['torch']}" for row in finished})
+    machines = sorted({f"{row['device'].replace('x86_64', 'a CPU')}, torch {row['torch']}" for row in finished})
     processes = sorted({row["processes"] for row in finished})
     start, *texts = FINDINGS.read_text(encoding="utf-8").split("\n## ")
     lines = ["# Measurements", "", start.strip(), ""]
