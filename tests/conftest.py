@@ -102,7 +102,7 @@ def small_settings() -> Callable[..., Settings]:
             "features": {"encoder": "test"},
             "model": {
                 **{"hidden_size": 16, "inner_size": 16, "d_state": 4, "head_dim": 4, "n_groups": 8, "max_len": 6},
-                **{"dropout": 0.1, "embedding_dropout": 0.1, "time_dropout": 0.1},
+                **{"dropout": 0.1, "embedding_dropout": 0.1, "time_dropout": 0.1, "time": "observed"},
             },
             "pretrain": {"epochs": 3, "batch_size": 32, "accumulation": 2, "lr": 5e-3},
             "finetune": {"epochs": 3, "batch_size": 32, "accumulation": 2, "lr": 5e-3, "metric": "Hit@5"},

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from mmm4rec_cli.app import main
+from mmm4rec_cli.data.dataset import load_dataset
 from mmm4rec_cli.models.registry import MODELS
 from mmm4rec_cli.published import published_domains, published_result
 from mmm4rec_cli.settings import Settings, load
@@ -153,6 +156,37 @@ def test_the_studies_end_in_a_page_with_intervals_and_commands(workspace, make_d
     assert "mmm4rec pretrain --domain industrial --seed 1" in text
     assert "mmm4rec finetune --domain magazine --pretrained RUN --seed 1" in text
     assert page.with_name("measurements-magazine.svg").stat().st_size > 1000
+
+
+def test_a_study_joins_domains_as_pretraining_does(workspace, make_domain, tmp_path):
+    names = ("industrial", "magazine")
+    for seed, name in enumerate(names):
+        make_domain(name, seed=seed, users=30)
+        module(EXAMPLES / "benchmarks" / "baselines.py").prepare(workspace, name, "test", tmp_path / f"{name}.npz")
+    study = module(EXAMPLES / "studies" / "study.py")
+    study.start([tmp_path / f"{name}.npz" for name in names], tmp_path, torch.get_num_threads())
+    joined, expected = study.source_of("industrial+magazine"), load_dataset(workspace, names, "test")
+    assert (joined.name, joined.domains) == (expected.name, expected.domains)
+    assert (joined.n_items, joined.n_users) == (expected.n_items, expected.n_users)
+    for name in ("items_N", "times_N", "offsets_U1"):
+        assert torch.equal(getattr(joined.sequences, name), getattr(expected.sequences, name))
+    assert np.allclose(joined.features.text, expected.features.text, atol=1e-3), "files hold half precision"
+    assert not joined.features.has_image.any(), "pictures are left out"
+
+
+def test_the_published_time_branch_has_next_to_no_gradient(workspace, make_domain, tmp_path, capsys):
+    make_domain()
+    module(EXAMPLES / "benchmarks" / "baselines.py").prepare(workspace, "ring", "test", tmp_path / "ring.npz")
+    small = {"hidden_size": 16, "inner_size": 16, "head_dim": 8, "n_groups": 1, "d_state": 4, "max_len": 6}
+    words = ["--steps", "1", "2", "--batch", "8", *(f"--set=model.{name}={value}" for name, value in small.items())]
+    rows = module(EXAMPLES / "studies" / "time_gradients.py").main([str(tmp_path / "ring.npz"), *words])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    found = {(row["step"], row["parameters"]): row for row in rows}
+    assert len(found) == len(rows) == 8
+    for step in (1, 2):
+        maps, rest = (found[step, kind] for kind in ("step-size maps of the time branch", "all others"))
+        assert maps["gradient"] < maps["pull of weight decay"] / 100
+        assert rest["gradient"] > rest["pull of weight decay"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import ARMS, Arm, written
+from arms import ARMS, Arm, Sets, training_of, written
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -22,32 +22,35 @@ Row = dict[str, Any]
 
 
 class Results:
-    """Rows by arm and seed, and the ranks of their users."""
+    """Rows by training and seed, and the ranks of their users."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows: dict[str, dict[int, Row]] = defaultdict(dict)
         self.raw = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
         for row in self.raw:
-            if "arm" in row and "error" not in row and row["arm"] in ARMS:
-                self.rows[row["arm"]][row["seed"]] = row
+            if "curve" in row:
+                self.rows[training_of(row)][row["seed"]] = row
 
     def of(self, arm: Arm) -> list[Row]:
         """Rows in the order of the seeds."""
-        return [row for _, row in sorted(self.rows[arm.key].items())]
+        return [row for _, row in sorted(self.rows[arm.training].items())]
 
     def ranks(self, arm: Arm, seeds: Iterable[int], kind: str) -> list[Tensor]:
         """One tensor a seed."""
-        files = (self.folder / f"{arm.key}-seed{seed}-ranks_{kind}.npy" for seed in seeds)
+        rows = self.rows[arm.training]
+        files = (self.folder / f"{rows[seed]['arm']}-seed{seed}-ranks_{kind}.npy" for seed in seeds)
         return [torch.from_numpy(np.load(file)).double() for file in files]
 
     def difference(self, arm: Arm, other: Arm, kind: str) -> dict[str, float] | None:
-        """Of the means over the seeds that both have, with the interval; None where they share none."""
-        seeds = sorted(self.rows[arm.key].keys() & self.rows[other.key].keys())
-        if not seeds or arm == other:
+        """Of the means over the seeds that both have, with its interval; None where they share none."""
+        seeds = sorted(self.rows[arm.training].keys() & self.rows[other.training].keys())
+        if not seeds or arm.training == other.training:
             return None
         ours, theirs = (self.ranks(each, seeds, kind) for each in (arm, other))
-        return paired_bootstrap(ours, theirs, (10,))[METRIC]
+        pairs = ([self.rows[each.training][seed][kind][METRIC] for seed in seeds] for each in (arm, other))
+        above = sum(a > b for a, b in zip(*pairs, strict=True))
+        return paired_bootstrap(ours, theirs, (10,))[METRIC] | {"above": above, "seeds": len(seeds)}
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
@@ -56,8 +59,11 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def gap(found: dict[str, float] | None) -> str:
-    """A difference with its interval."""
-    return "–" if found is None else f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    """A difference with its interval, and in how many seeds it is one upwards."""
+    if found is None:
+        return "–"
+    said = f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    return f"{said} {found['above']}/{found['seeds']}" if "seeds" in found else said
 
 
 def table(results: Results, arms: Sequence[Arm], reference: Callable[[Arm], Arm], against: str) -> list[str]:
@@ -87,16 +93,16 @@ def table(results: Results, arms: Sequence[Arm], reference: Callable[[Arm], Arm]
 
 
 def reaching(results: Results, arms: Iterable[Arm], first: Arm, share: float) -> list[str]:
-    """Epochs and seconds until the validation metric first reaches a share of the best of `first`."""
+    """Epochs, steps and seconds until the validation metric first reaches a share of the best of `first`."""
     if not results.of(first):
         return []
     level = share * mean(r["valid"][METRIC] for r in results.of(first))
     what = "the best" if share == 1 else f"{share:.0%} of the best"
     lines = [
-        f"Epochs and seconds until the validation {METRIC} first reaches {what} of {first.name} ({level:.4f}):",
+        f"Until the validation {METRIC} first reaches {what} of {first.name} ({level:.4f}), means:",
         "",
-        "| arm | seeds that reach it | epochs | seconds |",
-        "|---|---|---|---|",
+        "| arm | seeds that reach it | epochs | steps | seconds |",
+        "|---|---|---|---|---|",
     ]
     for arm in arms:
         reached = []
@@ -104,34 +110,46 @@ def reaching(results: Results, arms: Iterable[Arm], first: Arm, share: float) ->
             at = next((i for i, value in enumerate(row["curve"][METRIC]) if value >= level), None)
             if at is not None:
                 reached.append((at + 1, sum(row["seconds_curve"][: at + 1])))
-        said = f"{mean(e for e, _ in reached):.1f} | {mean(s for _, s in reached):.1f}" if reached else "– | –"
+        said = "– | – | –"
+        if reached:
+            epochs = mean(e for e, _ in reached)
+            said = f"{epochs:.1f} | {epochs * arm.steps_an_epoch:.0f} | {mean(s for _, s in reached):.1f}"
         if results.of(arm):
             lines.append(f"| {arm.name} | {len(reached)} of {len(results.of(arm))} | {said} |")
     return [*lines, ""]
 
 
-def command(arm: Arm, more: Sequence[str]) -> list[str]:
-    """What trains the arm with seed 1; `more` are settings that its rows had beside its own."""
-
-    def typed(words: str, sets: dict[str, Any]) -> str:
-        return f"{words} --seed 1 " + " ".join(f"--set {one}" for one in (*written(sets), *more))
-
-    source = [] if arm.source is None else [typed(f"mmm4rec pretrain --domain {arm.source}", arm.source_sets)]
-    start = "none" if arm.source is None else "RUN"
-    return [*source, typed(f"mmm4rec finetune --domain {arm.domain} --pretrained {start}", arm.sets)]
-
-
-def commands(results: Results, arms: Iterable[Arm]) -> list[str]:
-    """Folded away: the commands of all arms."""
+def commands(results: Results, arms: Sequence[Arm]) -> list[str]:
+    """Folded away: the commands of all arms with seed 1; what all of them set stands once, before them."""
+    shared = {}
+    for name, part in (("PLAN", "sets"), ("SOURCE", "source_sets")):
+        each = [written(getattr(arm, part)) for arm in arms if getattr(arm, part)]
+        shared[name] = [one for one in (each[0] if each else []) if all(one in other for other in each)]
     lines = ["<details><summary>the commands</summary>", "", "```"]
+    lines += [f'{name}="{_typed(words)}"' for name, words in shared.items() if words]
+
+    def typed(words: str, name: str, sets: Sets, more: Sequence[str]) -> str:
+        own = [one for one in written(sets) if one not in shared[name]]
+        return " ".join(filter(None, (words, "--seed 1", f"${name}" if shared[name] else "", _typed([*own, *more]))))
+
     for arm in arms:
         rows = results.of(arm)
-        lines += [f"# {arm.name}", *command(arm, rows[0].get("more", ()) if rows else ())]
+        more = rows[0].get("more", ()) if rows else ()
+        lines.append(f"# {arm.name}{f', {arm.hidden:.0%} of the images hidden by the runner' if arm.hidden else ''}")
+        if arm.source is not None:
+            domains = " ".join(f"--domain {one}" for one in arm.source.split("+"))
+            lines.append(typed(f"mmm4rec pretrain {domains}", "SOURCE", arm.source_sets, more))
+        start = "none" if arm.source is None else "RUN"
+        lines.append(typed(f"mmm4rec finetune --domain {arm.domain} --pretrained {start}", "PLAN", arm.sets, more))
     return [*lines, "```", "", "</details>", ""]
 
 
-def curves(results: Results, arms: Sequence[Arm], title: str, path: Path) -> str:
-    """Mean validation NDCG@10 by epoch over the seeds as a picture; the line that shows it."""
+def _typed(words: Iterable[str]) -> str:
+    return " ".join(f"--set {one}" for one in words)
+
+
+def curves(results: Results, arms: Sequence[Arm], title: str, path: Path, steps: bool = False) -> str:
+    """Mean validation NDCG@10 by epoch (or step) over the seeds as a picture; the line that shows it."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for i, arm in enumerate(arms):
@@ -140,13 +158,15 @@ def curves(results: Results, arms: Sequence[Arm], title: str, path: Path) -> str
             continue
         length = min(len(row["curve"][METRIC]) for row in rows)
         values = np.array([row["curve"][METRIC][:length] for row in rows])
-        epochs = np.arange(1, length + 1)
+        epochs = np.arange(1, length + 1) * (arm.steps_an_epoch if steps else 1)
         style = ("-", "--", "-.", ":")[i % 4]
         (line,) = axes.plot(
             epochs, values.mean(0), style, label=f"{arm.name} ({len(rows)} seed{'s' * (len(rows) > 1)})"
         )
         axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="epoch", ylabel=f"validation {METRIC}", title=title)
+    axes.set(xlabel="optimiser steps" if steps else "epoch", ylabel=f"validation {METRIC}", title=title)
+    if steps:
+        axes.set_xscale("log")
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
@@ -198,14 +218,27 @@ def _missing(results: Results, out: Path) -> list[str]:
 
 
 def _optimisation(results: Results, out: Path) -> list[str]:
-    arms = _of("optimisation", "ml100k")
-    first = next((arm for arm in arms if results.of(arm)), arms[0])
-    best = sorted(
-        (arm for arm in arms if results.of(arm)), key=lambda arm: -mean(r["valid"][METRIC] for r in results.of(arm))
-    )
-    lines = table(results, [*best, *(arm for arm in arms if arm not in best)], lambda arm: first, first.name)
-    lines += reaching(results, best, first, 1.0)
-    return [*lines, *commands(results, arms)]
+    lines = []
+    for domain in ("ml100k", "office", "magazine"):
+        arms = _of("optimisation", domain)
+        published = arms[0]
+        found = [arm for arm in arms if results.of(arm)]
+        found.sort(key=lambda arm: -mean(r["valid"][METRIC] for r in results.of(arm)))
+        rest = [arm for arm in arms if arm not in found]
+        lines += [f"{domain}:", "", *table(results, [*found, *rest], lambda arm, p=published: p, "published")]
+        lines += reaching(results, found, published, 1.0)
+        shown = [arm for arm in arms if arm.name in SHOWN]
+        path = out.with_name(f"{out.stem}-plans-{domain}.svg")
+        lines += [curves(results, shown, f"plans on {domain}", path, steps=True), "", *commands(results, arms)]
+    return lines
+
+
+SHOWN = {
+    *("published", "1024 x 8, 1e-3", "1024, 1e-3", "1024, 1e-3, cosine 10", "1024, 1e-3, cosine 40, 16 a user"),
+    *("512, 1e-3", "512, 1e-3, cosine 10", "512, 1e-3, cosine 30", "512, 3e-4, cosine 30"),
+    *("256, 1e-3", "256, 1e-3, cosine 30", "256, 3e-4, cosine 30"),
+}
+"""Plans whose curves are drawn."""
 
 
 def _transfer(results: Results, out: Path) -> list[str]:
@@ -241,7 +274,7 @@ def page(folder: Path, out: Path) -> None:
     results = Results(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     finished = [row for rows in results.rows.values() for row in rows.values()]
-    machines = sorted({f"{row['device']}, torch {row['torch']}" for row in finished})
+    machines = sorted({f"{row['device'].replace('x86_64', 'a CPU')}, torch {row['torch']}" for row in finished})
     processes = sorted({row["processes"] for row in finished})
     start, *texts = FINDINGS.read_text(encoding="utf-8").split("\n## ")
     lines = ["# Measurements", "", start.strip(), ""]
@@ -249,8 +282,8 @@ def page(folder: Path, out: Path) -> None:
     lines += [
         f"{len(finished)} fine-tunings on {' and '.join(machines)}, {together} at a time on one GPU: seconds compare "
         "within this page, a training alone is quicker. Mean ± standard deviation over seeds; differences with the 95 "
-        "% interval of a paired bootstrap over users, the means of the seeds that both have. The settings, learning "
-        f"curve and metrics of each row: `{out.stem}.jsonl`.",
+        "% interval of a paired bootstrap over users, of the means of the seeds that both have, and in how many of "
+        f"these the arm lies above (3/5). The settings, learning curve and metrics of each row: `{out.stem}.jsonl`.",
         "",
     ]
     for text, section in zip(texts, SECTIONS, strict=True):

@@ -26,11 +26,11 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 
-from arms import ARMS, written
+from arms import ARMS, training_of, written
 from baselines import Workers, read_inputs
-from pages import page
 
 from mmm4rec_cli.data.dataset import Dataset
+from mmm4rec_cli.data.sequences import Sequences
 from mmm4rec_cli.errors import UserError
 from mmm4rec_cli.evaluation.evaluate import Ranking, rank_split
 from mmm4rec_cli.evaluation.metrics import summary
@@ -101,6 +101,47 @@ def with_hidden_images(dataset: Dataset, share: float, seed: int) -> Dataset:
     return replace(dataset, features=replace(features, has_image=has, image=image))
 
 
+def source_of(name: str) -> Dataset:
+    """One of the data sets, or several that are joined by "+", as `mmm4rec pretrain` does with several domains."""
+    if "+" not in name:
+        return _datasets[name]
+    parts = [without_images(_datasets[one]) for one in name.split("+")]
+    users, items = (np.cumsum([0, *(getattr(part, n) for part in parts)]) for n in ("n_users", "n_items"))
+    kept = [part.sequences for part in parts]
+
+    def rows(which: str) -> Any:
+        tables = [getattr(part.features, which) for part in parts]
+        return np.concatenate([tables[0], *(table[1:] for table in tables[1:])])
+
+    names = ("text", "has_text", "image", "has_image")
+    return replace(
+        parts[0],
+        name=name,
+        domains=tuple(name.split("+")),
+        sequences=Sequences.of(
+            np.concatenate(
+                [
+                    s.users_of(torch.arange(len(s.items_N))).numpy() + np.int32(u)
+                    for s, u in zip(kept, users, strict=False)
+                ]
+            ),
+            np.concatenate([s.items_N.numpy() + np.int32(i) for s, i in zip(kept, items, strict=False)]),
+            np.concatenate([s.times_N.numpy() for s in kept]),
+            int(users[-1]),
+        ),
+        raw_item_ids=[f"{part.name}-{raw}" for part in parts for raw in part.raw_item_ids],
+        raw_user_ids=[f"{part.name}-{raw}" for part in parts for raw in part.raw_user_ids],
+        features=replace(parts[0].features, **{which: rows(which) for which in names}),
+        categories=None,
+    )
+
+
+def without_images(dataset: Dataset) -> Dataset:
+    """As `mmm4rec preprocess --no-images` leaves it."""
+    features, none = dataset.features, np.zeros((dataset.n_items + 1, 1), np.float32)
+    return replace(dataset, features=replace(features, image=none, has_image=none[:, 0] > 0))
+
+
 def train(job: Job, device: str, deadline: float, source: str | None, more: tuple[str, ...]) -> dict[str, Any]:
     """One training to its end; the row. Ranks of all users come with it under `ranks_…`."""
     arm, reporter = ARMS[job.arm], UntilDeadline(deadline)
@@ -111,7 +152,7 @@ def train(job: Job, device: str, deadline: float, source: str | None, more: tupl
         if job.pretrain:
             assert arm.source is not None
             settings = load(overrides=[*written(arm.source_sets), *runtime], workspace=workspace)
-            result = pretrain_on(workspace, _datasets[arm.source], settings, reporter=reporter)
+            result = pretrain_on(workspace, source_of(arm.source), settings, reporter=reporter)
             row = {"pretrain": arm.source, "sets": arm.source_sets, "seed": job.seed, "loss": round(result["loss"], 4)}
             return row | {
                 "run": str(Run(workspace.runs / "pretrain" / arm.source / result["run"]).path),
@@ -190,8 +231,12 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     begin = time.time()
     deadline = begin + args.seconds
-    have = {(row["arm"], row["seed"]) for row in read_rows(args.out) if "arm" in row and "error" not in row}
-    waiting = [job for job in jobs_of(args.arms) if (job.arm, job.seed) not in have]
+    have = {(training_of(row), row["seed"]) for row in read_rows(args.out) if "curve" in row}
+    waiting = []
+    for job in jobs_of(args.arms):
+        if (made := (ARMS[job.arm].training, job.seed)) not in have:
+            have.add(made)
+            waiting.append(job)
     workers = Workers(args.processes, attempt, start, args.inputs, args.workspace, args.threads)
     sources: dict[tuple[Any, ...], str | None] = {}
     """Pre-training and seed -> run, None: under way, "": failed."""
@@ -263,6 +308,8 @@ def main(words: list[str] | None = None) -> None:
     elif args.command == "list":
         print("\n".join(ARMS))
     else:
+        from pages import page  # what draws pictures need not be there to train
+
         page(args.results, args.out)
 
 

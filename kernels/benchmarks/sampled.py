@@ -46,7 +46,11 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device)
     config = Settings.model_validate(
-        {"finetune": {"loss": "sampled"}, "runtime": {"cuda_graphs": not given.no_graphs}},
+        {
+            "model": {"time": "observed"},
+            "finetune": {"loss": "sampled"},
+            "runtime": {"cuda_graphs": not given.no_graphs},
+        }
     )
     plan = config.finetune
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def _baseline(
 _NARROW = {"hidden_size": 64, "inner_size": 256}
 _WIDE = {"hidden_size": 256, "inner_size": 1024}
 _MAMBA = _baseline({**_NARROW, "d_state": 32}, dropout=0.4, max_len=20, batch_size=2048)
-_TIM = {**_NARROW, "d_state": 32, "head_dim": 32, "time": "observed", "point_time_gate": True}
+_TIM = {**_NARROW, "d_state": 32, "head_dim": 32, "point_time_gate": True, "time": "observed"}
 
 MODELS: dict[str, Nested] = {
     "gru4rec": _baseline({"hidden_size": 64, "inner_size": 128}, dropout=0.4, max_len=50, batch_size=2048),
@@ -102,7 +102,7 @@ MODELS: dict[str, Nested] = {
         baseline={"experts": 8, "mask_share": 0.2, "id_temperature": 0.1},
     ),
     "unisrec": _baseline(
-        {"hidden_size": 300, "inner_size": 256, "temperature": 0.07, "item_bias": True},
+        {"hidden_size": 300, "inner_size": 256, "temperature": 0.07},
         dropout=0.5,
         max_len=50,
         batch_size=2048,

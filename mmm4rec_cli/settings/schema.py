@@ -173,10 +173,10 @@ class ModelSettings(Section):
         "static", description="text and image scores: sum, two shared trained weights, two trained weights an item"
     )
     time: Literal["observed", "published", "none", "buckets", "decay"] = Field(
-        "observed",
-        description="how gaps between events enter: time streams of observed gaps; time streams as published (read the "
-        "target's own time); none; buckets: a trained vector a range of gaps, added to the items; decay: each head's "
-        "step size times a trained power of the gap",
+        "none",
+        description="how gaps between events enter: not at all; observed: time streams of the gaps between observed "
+        "events; published: time streams as published, which read the target's own time; buckets: a trained vector a "
+        "range of gaps, added to the items; decay: each head's step size times a trained power of the gap",
     )
     feature_scale: Literal["none", "unit", "standard"] = Field(
         "none",

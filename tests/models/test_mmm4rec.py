@@ -12,7 +12,7 @@ from mmm4rec_cli.settings import Settings
 V, T = 30, 8
 SMALL = {
     **{"hidden_size": 16, "inner_size": 24, "d_state": 4, "head_dim": 4, "n_groups": 8, "max_len": T, "num_layers": 2},
-    **{"dropout": 0.0, "embedding_dropout": 0.0, "time_dropout": 0.0},
+    **{"dropout": 0.0, "embedding_dropout": 0.0, "time_dropout": 0.0, "time": "observed"},
 }
 
 
@@ -239,13 +239,13 @@ def test_state_dict_names_are_kept():
 
 @pytest.mark.parametrize(("layers", "published_size"), [(1, 1_999_085), (2, 3_603_378)])
 def test_the_paper_sizes_have_the_published_number_of_parameters(layers, published_size):
-    config = Settings.model_validate({"model": {"num_layers": layers, "item_bias": False}}).model
+    config = Settings.model_validate({"model": {"num_layers": layers, "item_bias": False, "time": "published"}}).model
     model = MMM4Rec(config, torch.zeros(5, 768), torch.zeros(5, 768))
     assert sum(p.numel() for p in model.parameters()) == published_size
 
 
 def test_start_values_are_the_published_ones():
-    config = Settings.model_validate({"model": {"item_bias": True}}).model
+    config = Settings.model_validate({"model": {"item_bias": True, "time": "published"}}).model
     torch.manual_seed(3)
     model = MMM4Rec(config, torch.randn(50, 768), torch.randn(50, 768))
     block = model.layers[0].ssd

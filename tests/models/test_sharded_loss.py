@@ -20,7 +20,7 @@ ITEMS, USERS = 23, 7
 def model_of(fusion, padding):
     config = Settings().model.model_copy(
         update={"hidden_size": 8, "inner_size": 8, "d_state": 4, "head_dim": 4, "n_groups": 4, "max_len": 5}
-        | {"dropout": 0.0, "embedding_dropout": 0.0, "time_dropout": 0.0}
+        | {"dropout": 0.0, "embedding_dropout": 0.0, "time_dropout": 0.0, "time": "observed"}
         | {"fusion": fusion, "padding_candidate": padding}
     )
     torch.manual_seed(0)

@@ -227,14 +227,20 @@ def test_an_option_that_contradicts_the_run_is_refused_with_both_values():
 
 def test_a_variable_or_file_that_differs_from_the_run_is_one_note(monkeypatch, tmp_path):
     (tmp_path / "mmm4rec.toml").write_text("[finetune]\nlr = 0.5\npatience = 10\n")
-    monkeypatch.setenv("MMM4REC_MODEL__TIME", "none")
+    monkeypatch.setenv("MMM4REC_MODEL__TIME", "decay")
     reporter = Notes()
     settings = for_run(Settings().model_dump(mode="json"), resolve(), run="run abc", reporter=reporter)
     assert settings == Settings()
     assert reporter.lines == [
         "run abc holds: finetune.lr = 0.0001 (not 0.5 from mmm4rec.toml), "
-        "model.time = 'observed' (not 'none' from MMM4REC_MODEL__TIME)"
+        "model.time = 'none' (not 'decay' from MMM4REC_MODEL__TIME)"
     ]
+
+
+def test_time_is_left_out_unless_a_model_is_about_it():
+    assert load().model.time == load(overrides=["protocol=published"]).model.time == "none"
+    for model in ("tim4rec", "tim4rec-t"):
+        assert load(model=model).model.time == "observed"
 
 
 def test_presets_of_a_domain_never_speak_against_a_run():
