@@ -10,7 +10,7 @@ that of Mamba-1, for models that have it.
 """
 
 from mmm4rec_kernels.backend import Availability, BackendUnavailable, backends
-from mmm4rec_kernels.block import CrossProjections, ssd_block, ssd_block_tail
+from mmm4rec_kernels.block import CrossProjections, ssd_block, ssd_block_tail, tail_unfit
 from mmm4rec_kernels.conv1d import causal_conv1d
 from mmm4rec_kernels.norm import gated_rms_norm
 from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm
@@ -44,4 +44,5 @@ __all__ = [
     "ssd_block_tail",
     "stream_stage",
     "sum_by_row",
+    "tail_unfit",
 ]

@@ -97,15 +97,6 @@ class Places:
         back = torch.arange(count, 0, -1, device=self.lengths_B.device)
         return (back <= self.lengths_B[:, None])[..., None]
 
-    def grid(self, rows_SC: Tensor) -> Tensor:
-        """Rows as [B, T, C]; behind each user's end stands any row."""
-        if self.slot_S is None or self.lengths_B is None:
-            return rows_SC.view(self.users, self.length, -1)
-        first_B = self.last_B - self.lengths_B + 1
-        at_BT = first_B[:, None] + torch.arange(self.length, device=first_B.device)
-        at_BT = at_BT.clamp(max=len(rows_SC) - 1)
-        return rows_SC.index_select(0, at_BT.flatten()).view(self.users, self.length, -1)
-
     def offsets_of(self, streams: int) -> Tensor | None:
         """The offsets of the sequences of n streams, one stream behind the other; None for a grid."""
         if self.offsets is None or self.slot_S is None or streams == 1:
