@@ -1,7 +1,7 @@
 """The training step at the published sizes: ours against the naive model, checked before it is timed.
 
     python kernels/benchmarks/step.py [--out FILE] [--cpu] [--profile] [--lengths full|scientific] [--items N ...]
-        [--streams torch|triton] [--precision tf32|fp32|bf16] [--ours]
+        [--streams torch|triton] [--precision tf32|fp32|bf16] [--ours] [--all-places]
 
 Both train the same synthetic interactions (batch 1024, hidden 256, one layer, text and image vectors 768 wide, TF32
 products, dropout 0.4, NAdam after every micro-batch). `full`: every history fills the 20 places; `scientific`: 8,442
@@ -26,7 +26,7 @@ import torch
 from naive_mmm4rec import NaiveMMM4Rec
 
 from mmm4rec_cli.data.sequences import Sequences
-from mmm4rec_cli.models import time_stream
+from mmm4rec_cli.models import blocks, time_stream
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.settings import Settings
 from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
@@ -134,10 +134,13 @@ def main() -> None:
     parser.add_argument("--items", nargs="+", type=int, help="catalogues (4385 and 25986; with --cpu 4385)")
     parser.add_argument("--streams", choices=["torch", "triton"], default="torch", help="backend of the time streams")
     parser.add_argument("--precision", choices=["tf32", "fp32", "bf16"], default="tf32", help="ours; naive has TF32")
+    parser.add_argument("--all-places", action="store_true", help="also those of the last layer that nobody reads")
     parser.add_argument("--ours", action="store_true", help="time ours alone")
     arguments = parser.parse_args()
     for name in ("stream_stage", "spectral_filter"):
         setattr(time_stream, name, partial(getattr(time_stream, name), backend=arguments.streams))
+    if arguments.all_places:
+        blocks.tail_unfit = lambda *sizes: "not asked for"
     device = torch.device("cpu" if arguments.cpu else "cuda")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     common = {
@@ -163,6 +166,7 @@ def main() -> None:
             rows.append(time_ours(ours, sequences, targets, config, device, arguments.profile))
             for row in rows:
                 row |= {"items": items, "lengths": kind, "worst_error": worst, "streams": arguments.streams, **common}
+                row["all_places"] = arguments.all_places or row["form"] == "naive"
                 row["precision"] = "tf32" if row["form"] == "naive" else arguments.precision
                 print(json.dumps(row), flush=True)
                 if arguments.out:

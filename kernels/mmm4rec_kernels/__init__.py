@@ -2,8 +2,8 @@
 
 One public function an operation, each with the same numbers on every backend: `ssd`, `causal_conv1d`, `gated_rms_norm`
 and `ssd_block`, which is all three and what lies between them; `ssd_block_tail` gives its last places alone.
-What stands between them in a network is `residual_norm`, `hardswish_dropout` and `linear`; beside them, over time
-stamps, `stream_stage` and `spectral_filter`; what stands behind it
+What stands between them in a network is `residual_norm`, `hardswish_dropout`, `linear` and `unit_sum`; beside them,
+over time stamps, `stream_stage` and `spectral_filter`; what stands behind it
 `softmax_cross_entropy`, `lookup`, `sum_by_row` and `compare_counts`. `selective_scan` is
 that of Mamba-1, for models that have it.
 `backends()` says what can run here and why the rest cannot.
@@ -13,7 +13,7 @@ from mmm4rec_kernels.backend import Availability, BackendUnavailable, backends
 from mmm4rec_kernels.block import CrossProjections, ssd_block, ssd_block_tail, tail_unfit
 from mmm4rec_kernels.conv1d import causal_conv1d
 from mmm4rec_kernels.norm import gated_rms_norm
-from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm
+from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm, unit_sum
 from mmm4rec_kernels.scoring import Order, compare_counts, lookup, order_of, softmax_cross_entropy, sum_by_row
 from mmm4rec_kernels.selective import selective_scan
 from mmm4rec_kernels.ssd import ssd
@@ -45,4 +45,5 @@ __all__ = [
     "stream_stage",
     "sum_by_row",
     "tail_unfit",
+    "unit_sum",
 ]

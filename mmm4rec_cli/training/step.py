@@ -129,9 +129,10 @@ class Gradients:
         with precision(self.number_format, self.device):
             loss = self._loss(windows)
         gradients = torch.autograd.grad(loss * weight.to(loss.dtype), self.parameters, allow_unused=True)
-        # One operation for all parameters; accumulating each on its own costs a kernel a parameter.
+        # One operation for all parameters; accumulating each on its own costs a kernel a parameter, and so would one
+        # gradient whose strides are others than its parameter's.
         found = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        torch._foreach_add_([self.totals[i] for i in found], [gradients[i] for i in found])
+        torch._foreach_add_([self.totals[i] for i in found], [gradients[i].contiguous() for i in found])
         return loss.detach().double()
 
     def _loss(self, windows: Windows) -> Tensor:

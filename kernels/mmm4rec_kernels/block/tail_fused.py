@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import processors, tile
+from mmm4rec_kernels.rows.fused import summed
 from mmm4rec_kernels.tiles import LOG2E, exp2, sigmoid, softplus
 
 PROGRAMS = 2
@@ -507,4 +508,4 @@ def backward(
         BM=triton.next_power_of_2(read + weight.shape[1] - 1),
         num_warps=WARPS,
     )
-    return d_xBdt, d_C, d_factor, sums.sum(0)
+    return d_xBdt, d_C, d_factor, summed(sums[None]).squeeze(0)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mmm4rec_kernels.backend import interpreting, runs
 from mmm4rec_kernels.rows import ops
 
-__all__ = ["dropout", "hardswish_dropout", "linear", "residual_norm"]
+__all__ = ["dropout", "hardswish_dropout", "linear", "residual_norm", "unit_sum"]
 
 MAX_WIDTH = 8192
 """Widest row that the kernels take."""
@@ -82,7 +82,7 @@ def residual_norm(
     flat = [None if t is None else t.contiguous().view(-1, *t.shape[-2:]) for t in (x, residual, other)]
     assert flat[0] is not None
     groups = flat[0].shape[0]
-    weights = [w.expand(groups, -1).contiguous() for w in (weight, bias)]
+    weights = [w.expand(groups, -1).contiguous() if groups > 1 else w.view(1, -1) for w in (weight, bias)]
     out, _ = ops.norm_forward(flat[0], flat[1], flat[2], *weights, _seed(x, p, training), p, eps)
     result: torch.Tensor = out.view(x.shape)
     return result
@@ -94,6 +94,14 @@ def hardswish_dropout(x: torch.Tensor, *, p: float = 0.0, training: bool = False
         return dropout(F.hardswish(x), p, training)
     result: torch.Tensor = ops.hardswish_forward(x.contiguous(), _seed(x, p, training), p)
     return result
+
+
+def unit_sum(a: torch.Tensor, b: torch.Tensor, *, scale: float = 1.0, least: float = 1e-12) -> torch.Tensor:
+    """Sum of the rows of two tensors, each row divided by max(its length, least), times `scale`; [S, D] all three."""
+    if _by_kernel(a) and a.dtype == b.dtype and a.shape[1] <= MAX_WIDTH:
+        result: torch.Tensor = ops.unit_sum(a.contiguous(), b.contiguous(), scale, least)
+        return result
+    return (F.normalize(a, dim=-1, eps=least) + F.normalize(b, dim=-1, eps=least)) * scale
 
 
 class _Linear(torch.autograd.Function):
