@@ -5,7 +5,7 @@ and `ssd_block`, which is all three and what lies between them; `ssd_block_tail`
 What stands between them in a network is `residual_norm`, `hardswish_dropout`, `linear` and `unit_sum`; beside them,
 over time stamps, `stream_stage` and `spectral_filter`; what stands behind it
 `softmax_cross_entropy`, `lookup`, `sum_by_row` and `compare_counts`. `selective_scan` is
-that of Mamba-1, for models that have it.
+that of Mamba-1, for models that have it. `windows_before` and `packing_of` say where elements of sequences lie.
 `backends()` says what can run here and why the rest cannot.
 """
 
@@ -18,6 +18,7 @@ from mmm4rec_kernels.scoring import Order, compare_counts, lookup, order_of, sof
 from mmm4rec_kernels.selective import selective_scan
 from mmm4rec_kernels.ssd import ssd
 from mmm4rec_kernels.streams import ComplexMap, StreamGate, StreamMaps, spectral_filter, stream_stage
+from mmm4rec_kernels.windows import Packing, packing_of, windows_before
 
 __all__ = [
     "Availability",
@@ -25,6 +26,7 @@ __all__ = [
     "ComplexMap",
     "CrossProjections",
     "Order",
+    "Packing",
     "StreamGate",
     "StreamMaps",
     "backends",
@@ -35,6 +37,7 @@ __all__ = [
     "linear",
     "lookup",
     "order_of",
+    "packing_of",
     "residual_norm",
     "selective_scan",
     "softmax_cross_entropy",
@@ -46,4 +49,5 @@ __all__ = [
     "sum_by_row",
     "tail_unfit",
     "unit_sum",
+    "windows_before",
 ]

@@ -7,8 +7,9 @@ S rows, n streams that share a block.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mmm4rec_kernels import packing_of
 
 ROWS_A_STEP = 2
 """Rows are rounded up to a multiple of B / 2, so that few shapes occur and a recorded graph serves many batches."""
@@ -55,17 +56,8 @@ class Places:
             length: T.
             rows: S, at least the sum of the lengths and at most B T.
         """
-        users = len(lengths_B)
-        ends_B = lengths_B.cumsum(0)
-        row_S = torch.arange(rows, device=lengths_B.device)
-        owner_S = torch.searchsorted(ends_B, row_S, right=True)
-        starts_B = ends_B - lengths_B
-        real_S = row_S < ends_B[-1]
-        slot_S = owner_S * length + row_S - F.pad(starts_B, (0, 1))[owner_S]
-        # The filling is shorter than the whole, which holds at least one row a user.
-        fill_Q = torch.arange(1, (rows - users) // length + 2, device=lengths_B.device) * length
-        offsets = torch.cat([starts_B, ends_B[-1:], (ends_B[-1] + fill_Q).clamp(max=rows)])
-        return cls(users, length, ends_B - 1, torch.where(real_S, slot_S, 0), offsets.int(), lengths_B)
+        last_B, slot_S, offsets = packing_of(lengths_B, length, rows)
+        return cls(len(lengths_B), length, last_B, slot_S, offsets, lengths_B)
 
     def rows(self, grid: Tensor) -> Tensor:
         """[..., B, T, C] to [..., S, C]."""

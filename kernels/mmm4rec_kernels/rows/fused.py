@@ -16,7 +16,7 @@ from mmm4rec_kernels.launch import processors
 
 ELEMENTS = 1024
 """Elements of a tile."""
-PROGRAMS = 4
+PROGRAMS = 8
 """Programs of the kernels with sums, for each multiprocessor."""
 
 
