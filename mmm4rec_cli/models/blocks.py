@@ -55,6 +55,11 @@ class RMSGate(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
 
+def _apart(x: Tensor) -> bool:
+    """Whether the tail's kernel adds the bias of the in-projection: its gradient is then a sum on the way."""
+    return x.is_cuda
+
+
 class StateSpace(nn.Module):
     """What the two SSD blocks share: the scan's own parameters, the gated norm, the way out."""
 
@@ -142,6 +147,7 @@ class StateSpace(nn.Module):
         conv_bias: Tensor,
         w_1BHT: Tensor | None,
         places: Places,
+        bias: Tensor | None,
     ) -> Tensor:
         """As `scan` of one stream, at the last places alone, [B, J, D].
 
@@ -151,6 +157,7 @@ class StateSpace(nn.Module):
             conv_bias: likewise.
             w_1BHT: factor on the step sizes.
             places: where the rows lie.
+            bias: of xBdt, if that comes without.
         """
         assert places.lengths_B is not None
         packed = places.offsets is not None
@@ -170,6 +177,7 @@ class StateSpace(nn.Module):
                 skip="dt_x",
                 cu_seqlens=places.offsets,
                 max_length=places.length if packed else None,
+                bias_of_xBdt=bias,
             )
         )
         return out
@@ -221,12 +229,14 @@ class SSD(StateSpace):
         reach = count + self.conv.weight.shape[1] - 1
         u_BMD = places.tails(u_SD, reach)
         u_BJD = u_BMD[:, -count:]
+        bias, apart = torch.cat([b_xB, b_dt]), _apart(u_SD)
         projected = CrossProjections(
-            xBdt=self.paced(linear(u_SD, torch.cat([w_xB, w_dt]), torch.cat([b_xB, b_dt])), gap_S),
+            xBdt=self.paced(linear(u_SD, torch.cat([w_xB, w_dt]), None if apart else bias), gap_S),
             z=linear(u_BJD, w_z, b_z),
-            C=linear(u_BMD, w_C, b_C) * places.inside(reach),
+            C=linear(u_BMD, w_C, b_C),
         )
-        return self.scan_tail(projected, self.conv.weight, self.conv.bias, w_1BHT, places), u_BJD
+        added = bias if apart else None
+        return self.scan_tail(projected, self.conv.weight, self.conv.bias, w_1BHT, places, added), u_BJD
 
 
 class CrossSSD(StateSpace):
@@ -280,12 +290,14 @@ class CrossSSD(StateSpace):
             places: where the rows lie.
             gap_S: what paces the scan, if anything does.
         """
+        bias, apart = self.u_in_proj.bias, _apart(u_SD)
         projected = CrossProjections(
-            xBdt=self.paced(self.u_in_proj(u_SD), gap_S),
+            xBdt=self.paced(linear(u_SD, self.u_in_proj.weight, None if apart else bias), gap_S),
             z=self.z_in_proj(q_BJD[:, -1:] + u_BD[:, None]),
-            C=self.q_in_proj(q_BJD) * places.inside(q_BJD.shape[1]),
+            C=self.q_in_proj(q_BJD),
         )
-        return self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places)[:, 0]
+        added = bias if apart else None
+        return self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places, added)[:, 0]
 
     def _convolution(self) -> tuple[Tensor, Tensor]:
         return torch.cat([self.u_conv.weight, self.q_conv.weight]), torch.cat([self.u_conv.bias, self.q_conv.bias])

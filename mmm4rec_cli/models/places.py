@@ -83,12 +83,6 @@ class Places:
         at_BM = (self.last_B[:, None] + steps).clamp(min=0)
         return rows_SC.index_select(0, at_BM.flatten()).view(self.users, count, -1)
 
-    def inside(self, count: int) -> Tensor:
-        """Which of the last `count` places lie in each user's sequence, bool [B, count, 1]."""
-        assert self.lengths_B is not None
-        back = torch.arange(count, 0, -1, device=self.lengths_B.device)
-        return (back <= self.lengths_B[:, None])[..., None]
-
     def offsets_of(self, streams: int) -> Tensor | None:
         """The offsets of the sequences of n streams, one stream behind the other; None for a grid."""
         if self.offsets is None or self.slot_S is None or streams == 1:

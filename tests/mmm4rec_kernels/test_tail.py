@@ -111,16 +111,19 @@ def test_tail_kernel_equals_the_torch_form(count, skip, taps, packed):
         *((width + 2 * states, taps), (width + 2 * states,), (H,), (H,), (H,), (width,)),
     ]
     given = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+    shift = torch.randn(shapes[0][-1], device=DEVICE).requires_grad_()
     xBdt, z, C, factor, *parameters = given
+    given.append(shift)
     offsets = torch.tensor([0, 1, 10, 15, 17, 20, 28, 28], device=DEVICE, dtype=torch.int32)
     options = {"n_groups": H, "eps": 1e-6, "time_factor_BLH": factor, "skip": skip}
     options |= {"cu_seqlens": offsets, "max_length": 9} if packed else {}
+    options["bias_of_xBdt"] = shift
     place = lengths[:, None] - count - taps + 1 + torch.arange(count + taps - 1, device=DEVICE)
     reached = (place >= 0)[..., None]
     up = torch.randn(users, count, width, device=DEVICE) * reached[:, taps - 1 :]
     seen = []
     for backend in ("torch", "triton"):
-        projected = CrossProjections(xBdt, z, C * reached)
+        projected = CrossProjections(xBdt, z, C)
         got = ssd_block_tail(projected, lengths, *parameters, **options, backend=backend)
         seen.append((got.detach() * reached[:, taps - 1 :], *torch.autograd.grad(got, given, up)))
     for want, got in zip(*seen, strict=True):

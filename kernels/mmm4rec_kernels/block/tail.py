@@ -53,6 +53,7 @@ def ssd_block_tail(
     skip: Skip = "dt_x",
     cu_seqlens: torch.Tensor | None = None,
     max_length: int | None = None,
+    bias_of_xBdt: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """What `ssd_block` gives at the last J places of each sequence.
@@ -61,7 +62,7 @@ def ssd_block_tail(
 
     Args:
         projected: xBdt [B, L, E + GN + H], or [1, S, E + GN + H] of packed sequences; z [B, J, E] and
-            C [B, J + K - 1, GN] at the last places of each sequence, C zero at those that lie before its start.
+            C [B, J + K - 1, GN] at the last places of each sequence, those before its start whatever they are.
         lengths_B: places of each sequence, int64, 1 to L; what lies behind is not read.
         conv_weight_CK: as of `ssd_block`.
         conv_bias_C: likewise.
@@ -76,6 +77,7 @@ def ssd_block_tail(
         cu_seqlens: offsets of B or more packed sequences; those behind the first B are read by nobody. The time factor
             remains [B, L, H].
         max_length: with cu_seqlens, a bound on the longest sequence.
+        bias_of_xBdt: [E + GN + H], added to xBdt, so that its gradient costs no pass over that of xBdt.
         backend: "auto", a Triton kernel where it can take the call; "torch" or "triton".
 
     Returns:
@@ -103,6 +105,7 @@ def ssd_block_tail(
         rows = xBdt if xBdt.stride(-1) == 1 and (len(xBdt) == 1 or xBdt.is_contiguous()) else xBdt.contiguous()
         y_BJE = tail_forward(
             rows,
+            bias_of_xBdt,
             C_BMQ.contiguous(),
             time_factor_BLH,
             conv_weight_CK.contiguous(),
@@ -116,6 +119,10 @@ def ssd_block_tail(
             skip == "dt_x",
         )
         return gated_rms_norm(y_BJE, z_BJE, norm_weight_E, eps=eps)
+    if bias_of_xBdt is not None:
+        xBdt = xBdt + bias_of_xBdt
+    reached_BM = lengths_B[:, None] - reach + torch.arange(reach, device=lengths_B.device) >= 0
+    C_BMQ = C_BMQ * reached_BM[..., None]
     if cu_seqlens is not None:
         row_BL = cu_seqlens[:batch, None] + torch.arange(length, device=lengths_B.device)
         row_BL = row_BL.clamp(max=xBdt.shape[1] - 1).long()

@@ -44,18 +44,30 @@ def taps_of(p_weight, o_c, m_c, TAPS: tl.constexpr, BACK: tl.constexpr):
 
 
 @triton.jit
-def before(p_in, o_l, count, o_c, m_c, ROW: tl.constexpr, BACK: tl.constexpr):
-    """Raw columns [BL, columns] of the place BACK places before each."""
-    mask = ((o_l >= BACK) & (o_l < count))[:, None] & m_c[None, :]
-    return tl.load(p_in + (o_l - BACK)[:, None] * ROW + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+def bias_of(p_shift, at, o_c, m_c):
+    """Bias [columns] of the projection, zero if it is in the columns already."""
+    b_shift = tl.zeros([o_c.shape[0]], tl.float32)
+    if p_shift is not None:
+        b_shift = tl.load(p_shift + at + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return b_shift
 
 
 @triton.jit
-def convolve(p_in, p_weight, p_bias, o_l, count, o_c, m_c, ROW: tl.constexpr, TAPS: tl.constexpr):
+def before(p_in, b_shift, o_l, count, o_c, m_c, ROW: tl.constexpr, BACK: tl.constexpr):
+    """Raw columns [BL, columns] of the place BACK places before each."""
+    mask = ((o_l >= BACK) & (o_l < count))[:, None] & m_c[None, :]
+    b_in = tl.load(p_in + (o_l - BACK)[:, None] * ROW + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, b_in + b_shift[None, :], 0.0)
+
+
+@triton.jit
+def convolve(p_in, b_shift, p_weight, p_bias, o_l, count, o_c, m_c, ROW: tl.constexpr, TAPS: tl.constexpr):
     """The convolution before SiLU, [BL, columns]; behind the end of the sequence only its bias."""
     b_sum = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     for back in tl.static_range(TAPS):
-        b_sum += before(p_in, o_l, count, o_c, m_c, ROW, back) * taps_of(p_weight, o_c, m_c, TAPS, back)[None, :]
+        b_sum += (
+            before(p_in, b_shift, o_l, count, o_c, m_c, ROW, back) * taps_of(p_weight, o_c, m_c, TAPS, back)[None, :]
+        )
     return b_sum
 
 
@@ -71,6 +83,7 @@ def reached(p_C, j, count, o_k, o_n, m_n, ROW: tl.constexpr, TAPS: tl.constexpr,
 @triton.jit
 def steps_of(
     p_dt,
+    p_shift,
     p_factor,
     p_A_log,
     p_dt_bias,
@@ -83,6 +96,8 @@ def steps_of(
     """Raw dt, factor, what softplus is taken of, step sizes, A, and running sums of base-2 logarithms of decays."""
     m_in = o_l < count
     b_raw = tl.load(p_dt + o_l * ROW, mask=m_in, other=0.0).to(tl.float32)
+    if p_shift is not None:
+        b_raw += tl.load(p_shift).to(tl.float32)
     b_factor = tl.full(o_l.shape, 1.0, tl.float32)
     if p_factor is not None:
         b_factor = tl.load(p_factor + o_l * factor_row, mask=m_in, other=0.0).to(tl.float32)
@@ -103,6 +118,7 @@ def decay_to(b_total, o_l, place):
 @triton.jit
 def tail_forward(
     p_x,
+    p_shift,
     p_C,
     p_factor,
     p_weight,
@@ -150,12 +166,17 @@ def tail_forward(
     p_f = p_factor
     if p_factor is not None:
         p_f = p_factor + tl.cast(i, tl.int64) * factor_batch + i_h * factor_head
+    p_of_dt = p_shift
+    if p_shift is not None:
+        p_of_dt = p_shift + E + H * N + i_h
     _, _, _, b_step, _, b_total = steps_of(
-        p_x + E + H * N + i_h, p_f, p_A_log, p_dt_bias, i_h, o_l, count, factor_row, ROW
+        p_x + E + H * N + i_h, p_of_dt, p_f, p_A_log, p_dt_bias, i_h, o_l, count, factor_row, ROW
     )
-    b_B = convolve(p_x + at_B, p_weight + at_B * TAPS, p_bias + at_B, o_l, count, o_n, m_n, ROW, TAPS)
+    b_shift = bias_of(p_shift, at_B, o_n, m_n)
+    b_B = convolve(p_x + at_B, b_shift, p_weight + at_B * TAPS, p_bias + at_B, o_l, count, o_n, m_n, ROW, TAPS)
     b_B *= sigmoid(b_B)
-    b_x = convolve(p_x + at_x, p_weight + at_x * TAPS, p_bias + at_x, o_l, count, o_p, m_p, ROW, TAPS)
+    b_shift = bias_of(p_shift, at_x, o_p, m_p)
+    b_x = convolve(p_x + at_x, b_shift, p_weight + at_x * TAPS, p_bias + at_x, o_l, count, o_p, m_p, ROW, TAPS)
     b_x *= sigmoid(b_x)
     D = tl.load(p_D + i_h).to(tl.float32)
     o_taps = o_n[None, :] * TAPS + o_k[:, None]
@@ -177,7 +198,7 @@ def tail_forward(
 
 @triton.jit
 def raw_gradients(p_d, p_weight, o_l, count, rows, o_c, m_c, ROW: tl.constexpr, TAPS: tl.constexpr):
-    """Replace the gradients of a convolution's results, already there, by those of the raw columns."""
+    """Replace the gradients of a convolution's results, already there, by those of the raw columns; their sums."""
     tl.debug_barrier()
     b_sum = tl.zeros([o_l.shape[0], o_c.shape[0]], tl.float32)
     for ahead in tl.static_range(TAPS):
@@ -187,13 +208,14 @@ def raw_gradients(p_d, p_weight, o_l, count, rows, o_c, m_c, ROW: tl.constexpr, 
     tl.debug_barrier()
     mask = (o_l < rows)[:, None] & m_c[None, :]
     tl.store(p_d + o_l[:, None] * ROW + o_c[None, :], b_sum.to(p_d.dtype.element_ty), mask=mask)
+    return tl.sum(b_sum, 0)
 
 
 @triton.jit
-def tap_sums(b_taps, p_in, b_d, o_l, count, o_k, o_c, m_c, ROW: tl.constexpr, TAPS: tl.constexpr):
+def tap_sums(b_taps, p_in, b_shift, b_d, o_l, count, o_k, o_c, m_c, ROW: tl.constexpr, TAPS: tl.constexpr):
     """Gradients of the taps [BK, columns], added to what is given."""
     for back in tl.static_range(TAPS):
-        b_here = tl.sum(b_d * before(p_in, o_l, count, o_c, m_c, ROW, back), 0)
+        b_here = tl.sum(b_d * before(p_in, b_shift, o_l, count, o_c, m_c, ROW, back), 0)
         b_taps += tl.where((o_k == TAPS - 1 - back)[:, None], b_here[None, :], 0.0)
     return b_taps
 
@@ -209,6 +231,7 @@ def store_taps(p_sums, b_taps, b_bias, at, o_k, o_c, m_c, CHANNELS: tl.constexpr
 def tail_backward(
     p_dy,
     p_x,
+    p_shift,
     p_C,
     p_factor,
     p_weight,
@@ -259,12 +282,20 @@ def tail_backward(
     at_x = i_h * P
     at_B = E + i_h * N
     at_C = at_B + H * N
-    p_sums += tl.program_id(1).to(tl.int64) * (CHANNELS * (TAPS + 1) + 3 * H)
+    p_sums += tl.program_id(1).to(tl.int64) * (CHANNELS * (TAPS + 1) + 3 * H + WIDE)
     D = tl.load(p_D + i_h).to(tl.float32)
     o_taps = o_n[None, :] * TAPS + o_k[:, None]
     m_taps = (o_k < TAPS)[:, None] & m_n[None, :]
     b_taps = tl.load(p_weight + at_C * TAPS + o_taps, mask=m_taps, other=0.0).to(tl.float32)
     b_bias = tl.load(p_bias + at_C + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_shift_x = bias_of(p_shift, at_x, o_p, m_p)
+    b_shift_B = bias_of(p_shift, at_B, o_n, m_n)
+    p_of_dt = p_shift
+    if p_shift is not None:
+        p_of_dt = p_shift + E + H * N + i_h
+    b_sum_x = tl.zeros([BP], tl.float32)
+    b_sum_B = tl.zeros([BN], tl.float32)
+    b_sum_dt = tl.zeros([BL], tl.float32)
     b_taps_x = tl.zeros([BK, BP], tl.float32)
     b_taps_B = tl.zeros([BK, BN], tl.float32)
     b_taps_C = tl.zeros([BK, BN], tl.float32)
@@ -290,11 +321,15 @@ def tail_backward(
             tl.store(p_out + E + H * N + i_h + o_l * WIDE, tl.zeros([BL], p_dx.dtype.element_ty), m_row)
         else:
             b_raw, b_factor, b_dt, b_step, A, b_total = steps_of(
-                p_in + E + H * N + i_h, p_f, p_A_log, p_dt_bias, i_h, o_l, count, factor_row, ROW
+                p_in + E + H * N + i_h, p_of_dt, p_f, p_A_log, p_dt_bias, i_h, o_l, count, factor_row, ROW
             )
-            b_uB = convolve(p_in + at_B, p_weight + at_B * TAPS, p_bias + at_B, o_l, count, o_n, m_n, ROW, TAPS)
+            b_uB = convolve(
+                p_in + at_B, b_shift_B, p_weight + at_B * TAPS, p_bias + at_B, o_l, count, o_n, m_n, ROW, TAPS
+            )
             b_B = b_uB * sigmoid(b_uB)
-            b_ux = convolve(p_in + at_x, p_weight + at_x * TAPS, p_bias + at_x, o_l, count, o_p, m_p, ROW, TAPS)
+            b_ux = convolve(
+                p_in + at_x, b_shift_x, p_weight + at_x * TAPS, p_bias + at_x, o_l, count, o_p, m_p, ROW, TAPS
+            )
             b_x = b_ux * sigmoid(b_ux)
             b_dx = tl.zeros([BL, BP], tl.float32)
             b_dB = tl.zeros([BL, BN], tl.float32)
@@ -360,16 +395,17 @@ def tail_backward(
             tl.store(p_to, b_dB.to(p_dx.dtype.element_ty), mask=m_B)
             b_bias_x += tl.sum(b_dx, 0)
             b_bias_B += tl.sum(b_dB, 0)
-            b_taps_x = tap_sums(b_taps_x, p_in + at_x, b_dx, o_l, count, o_k, o_p, m_p, ROW, TAPS)
-            b_taps_B = tap_sums(b_taps_B, p_in + at_B, b_dB, o_l, count, o_k, o_n, m_n, ROW, TAPS)
-            raw_gradients(p_out + at_x, p_weight + at_x * TAPS, o_l, count, rows, o_p, m_p, WIDE, TAPS)
-            raw_gradients(p_out + at_B, p_weight + at_B * TAPS, o_l, count, rows, o_n, m_n, WIDE, TAPS)
+            b_taps_x = tap_sums(b_taps_x, p_in + at_x, b_shift_x, b_dx, o_l, count, o_k, o_p, m_p, ROW, TAPS)
+            b_taps_B = tap_sums(b_taps_B, p_in + at_B, b_shift_B, b_dB, o_l, count, o_k, o_n, m_n, ROW, TAPS)
+            b_sum_x += raw_gradients(p_out + at_x, p_weight + at_x * TAPS, o_l, count, rows, o_p, m_p, WIDE, TAPS)
+            b_sum_B += raw_gradients(p_out + at_B, p_weight + at_B * TAPS, o_l, count, rows, o_n, m_n, WIDE, TAPS)
 
             b_da = tl.cumsum(b_ends, 0, reverse=True).to(tl.float32)
             b_dA += b_da * b_step * A
             b_ddt = tl.where(o_l < count, (b_dstep + b_da * A) * sigmoid(b_dt), 0.0)
             b_ddt_bias += b_ddt
             p_to = p_out + E + H * N + i_h + o_l * WIDE
+            b_sum_dt += b_ddt * b_factor
             tl.store(p_to, (b_ddt * b_factor).to(p_dx.dtype.element_ty), mask=m_row)
             if p_factor is not None:
                 p_to = p_dfactor + (tl.cast(i, tl.int64) * factor_places + o_l) * H + i_h
@@ -377,6 +413,10 @@ def tail_backward(
     store_taps(p_sums, b_taps_x, b_bias_x, at_x, o_k, o_p, m_p, CHANNELS, TAPS)
     store_taps(p_sums, b_taps_B, b_bias_B, at_B, o_k, o_n, m_n, CHANNELS, TAPS)
     store_taps(p_sums, b_taps_C, b_bias_C, at_C, o_k, o_n, m_n, CHANNELS, TAPS)
+    p_in_sums = p_sums + CHANNELS * (TAPS + 1) + 3 * H
+    tl.store(p_in_sums + at_x + o_p, b_sum_x, mask=m_p)
+    tl.store(p_in_sums + at_B + o_n, b_sum_B, mask=m_n)
+    tl.store(p_in_sums + E + H * N + i_h, tl.sum(b_sum_dt, 0))
     p_sums += CHANNELS * (TAPS + 1) + i_h
     tl.store(p_sums, tl.sum(b_dD, 0))
     tl.store(p_sums + H, tl.sum(b_dA, 0))
@@ -411,6 +451,7 @@ def _strides(factor: torch.Tensor | None) -> dict[str, int]:
 
 def forward(
     xBdt: torch.Tensor,
+    shift: torch.Tensor | None,
     C: torch.Tensor,
     factor: torch.Tensor | None,
     weight: torch.Tensor,
@@ -425,7 +466,8 @@ def forward(
 ) -> torch.Tensor:
     """The result y [B, J, E], from xBdt [B, L, E + HN + H], or [1, S, ...] with `ends`, and C [B, M, HN].
 
-    Columns are contiguous. The factor is [B, L or more, H], any strides, in both cases.
+    Columns are contiguous. `shift` [E + HN + H] is added to the places of xBdt. The factor is [B, L or more, H], any
+    strides, in both cases.
     """
     users, read = C.shape[0], C.shape[1] - weight.shape[1] + 1
     sizes = _sizes(xBdt, C, weight, A_log, read)
@@ -433,6 +475,7 @@ def forward(
     if users:
         tail_forward[(sizes["H"], users)](
             xBdt,
+            shift,
             C,
             factor,
             weight,
@@ -457,6 +500,7 @@ def forward(
 def backward(
     grad: torch.Tensor,
     xBdt: torch.Tensor,
+    shift: torch.Tensor | None,
     C: torch.Tensor,
     factor: torch.Tensor | None,
     weight: torch.Tensor,
@@ -471,7 +515,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of xBdt, C, factor (empty where absent) and, one behind the other, of the parameters.
 
-    The parameters' order is taps [C, K], bias [C], D [H], A_log [H], dt_bias [H], all float32.
+    The parameters' order is taps [C, K], bias [C], D [H], A_log [H], dt_bias [H], shift [E + HN + H], all float32;
+    the last whether there is one or not.
     """
     users, read = grad.shape[:2]
     sizes = _sizes(xBdt, C, weight, A_log, read)
@@ -480,10 +525,11 @@ def backward(
     d_factor = xBdt.new_empty(0) if factor is None else torch.empty_like(factor, memory_format=torch.contiguous_format)
     sequences = users if ends is None else ends.numel() - 1
     programs = max(1, min(sequences, processors(xBdt) * PROGRAMS))
-    sums = torch.empty(programs, weight.numel() + bias.numel() + 3 * sizes["H"], device=xBdt.device)
+    sums = torch.empty(programs, weight.numel() + bias.numel() + 3 * sizes["H"] + xBdt.shape[-1], device=xBdt.device)
     tail_backward[(sizes["H"], programs)](
         grad.contiguous(),
         xBdt,
+        shift,
         C,
         factor,
         weight,

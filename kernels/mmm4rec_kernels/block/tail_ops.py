@@ -13,6 +13,7 @@ import torch
 @torch.library.custom_op("mmm4rec_kernels::ssd_block_tail", mutates_args=())
 def tail_forward(
     xBdt: torch.Tensor,
+    shift: torch.Tensor | None,
     C: torch.Tensor,
     factor: torch.Tensor | None,
     weight: torch.Tensor,
@@ -28,12 +29,13 @@ def tail_forward(
     """The result y [B, J, E] before gate and norm."""
     from mmm4rec_kernels.block import tail_fused
 
-    return tail_fused.forward(xBdt, C, factor, weight, bias, A_log, D, dt_bias, ends, lengths, longest, skip_dt)
+    return tail_fused.forward(xBdt, shift, C, factor, weight, bias, A_log, D, dt_bias, ends, lengths, longest, skip_dt)
 
 
 @tail_forward.register_fake
 def _shapes(
     xBdt: torch.Tensor,
+    shift: torch.Tensor | None,
     C: torch.Tensor,
     factor: torch.Tensor | None,
     weight: torch.Tensor,
@@ -49,6 +51,7 @@ def _shapes(
 def tail_backward(
     grad: torch.Tensor,
     xBdt: torch.Tensor,
+    shift: torch.Tensor | None,
     C: torch.Tensor,
     factor: torch.Tensor | None,
     weight: torch.Tensor,
@@ -64,13 +67,16 @@ def tail_backward(
     """Gradients of xBdt, C, factor (empty where absent) and of all parameters, one behind the other."""
     from mmm4rec_kernels.block import tail_fused
 
-    return tail_fused.backward(grad, xBdt, C, factor, weight, bias, A_log, D, dt_bias, ends, lengths, longest, skip_dt)
+    return tail_fused.backward(
+        grad, xBdt, shift, C, factor, weight, bias, A_log, D, dt_bias, ends, lengths, longest, skip_dt
+    )
 
 
 @tail_backward.register_fake
 def _backward_shapes(
     grad: torch.Tensor,
     xBdt: torch.Tensor,
+    shift: torch.Tensor | None,
     C: torch.Tensor,
     factor: torch.Tensor | None,
     weight: torch.Tensor,
@@ -79,7 +85,7 @@ def _backward_shapes(
     *arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     d_factor = xBdt.new_empty(0) if factor is None else factor.new_empty(factor.shape)
-    size = weight.numel() + bias.shape[0] + 3 * A_log.shape[0]
+    size = weight.numel() + bias.shape[0] + 3 * A_log.shape[0] + xBdt.shape[-1]
     return (
         xBdt.new_empty(xBdt.shape),
         C.new_empty(C.shape),
@@ -89,21 +95,22 @@ def _backward_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.options = inputs[10:]
-    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[11:]
+    ctx.save_for_backward(*inputs[:11])
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     saved = ctx.saved_tensors
     d_xBdt, d_C, d_factor, flat = tail_backward(grad, *saved, *ctx.options)
-    factor, weight, bias, A_log, D, dt_bias = saved[2:8]
+    shift, _, factor, weight, bias, A_log, D, dt_bias = saved[1:9]
     order = (weight, bias, D, A_log, dt_bias)
-    parts = torch.split(flat, [p.numel() for p in order])
+    *parts, rest = torch.split(flat, [*(p.numel() for p in order), saved[0].shape[-1]])
     d_weight, d_bias, d_D, d_A_log, d_dt_bias = (
         part.view(p.shape).to(p.dtype) for part, p in zip(parts, order, strict=True)
     )
+    d_shift = None if shift is None else rest.to(shift.dtype)
     d_factor = None if factor is None else d_factor
-    return d_xBdt, d_C, d_factor, d_weight, d_bias, d_A_log, d_D, d_dt_bias, None, None, None, None
+    return d_xBdt, d_shift, d_C, d_factor, d_weight, d_bias, d_A_log, d_D, d_dt_bias, None, None, None, None
 
 
 tail_forward.register_autograd(_backward, setup_context=_save)

@@ -123,9 +123,9 @@ class _Linear(torch.autograd.Function):
         return d_x, d_weight, d_bias
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """X weightᵀ + bias; [..., D] in, [..., C] out, weight [C, D], bias [C]."""
-    if not _by_kernel(x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """X weightᵀ + bias; [..., D] in, [..., C] out, weight [C, D], bias [C] or None."""
+    if bias is None or not _by_kernel(x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     result: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return result
