@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmm4rec_kernels import hardswish_dropout, linear, residual_norm, unit_sum
+from mmm4rec_kernels import hardswish_dropout, linear, residual_norm, rows, seeds_at_once, unit_sum
 from mmm4rec_kernels.rows import ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,6 +88,22 @@ def test_the_gradient_sees_the_same_dropout_as_the_result():
     lost = (out == 0) & (y.abs() > 1e-3) & (y > -3)
     torch.testing.assert_close(y.grad[~lost], slope[~lost])
     assert not y.grad[lost].any()
+
+
+@by_kernel
+def test_seeds_drawn_at_once_differ_and_follow_the_generator():
+    x = torch.ones(4000, device=DEVICE)
+
+    def dropped() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        with seeds_at_once(torch.device(DEVICE), count=2):
+            return [hardswish_dropout(x, p=0.5, training=True) for _ in range(3)]
+
+    first, again = dropped(), dropped()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+    assert not rows._drawn
 
 
 @by_kernel

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from mmm4rec_kernels.backend import BackendUnavailable, availability, interpreting, runs, without_autocast
 from mmm4rec_kernels.conv1d import causal_conv1d
-from mmm4rec_kernels.rows import dropout
+from mmm4rec_kernels.rows import dropout, seed
 from mmm4rec_kernels.streams import ops
 
 __all__ = ["ComplexMap", "StreamGate", "StreamMaps", "spectral_filter", "stream_stage"]
@@ -109,10 +109,9 @@ def stream_stage(
     streams, users, heads, places = stream_MBHT.shape
     rows = stream_MBHT.reshape(-1, heads, places)
     rows = rows if rows.stride(2) == 1 else rows.contiguous()
-    seed = torch.randint(1 << 62, (1,), device=rows.device) if training and p else None
     gates = [] if gate is None else [t.contiguous() for t in gate[:4]]
     eps = 0.0 if gate is None else gate.eps
-    w_NTH, following, _ = ops.stage(rows, [t.contiguous() for t in maps], gates, seed, p, eps)
+    w_NTH, following, _ = ops.stage(rows, [t.contiguous() for t in maps], gates, seed(rows, p, training), p, eps)
     w_MBHT = w_NTH.view(streams, users, places, heads).transpose(-1, -2)
     return w_MBHT, None if gate is None else following.view(streams, users, heads, places)
 
