@@ -80,14 +80,13 @@ def _parts_named(model: MMM4Rec, trainer: Trainer) -> Iterator[None]:
 
 def device_times(model: MMM4Rec, trainer: Trainer, batch: MicroBatch, device: torch.device) -> dict[str, list[float]]:
     """Microseconds (on a CPU: of the processor) and kernels of each part in one step."""
-    gradients, rows = trainer.gradients, rounded_rows(batch.places, len(batch.positions_B), trainer.max_len)
     weight = torch.tensor(batch.weight, dtype=torch.float64, device=device)
     on_gpu = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
     with _parts_named(model, trainer):
         for _ in range(2):
             with torch.profiler.profile(activities=activities) as seen:
-                gradients._compute(batch.positions_B, batch.candidates_C, weight, rows)
+                trainer.gradients._compute(batch, weight)
                 trainer.optimizer.step()
                 if on_gpu:
                     torch.cuda.synchronize()

@@ -1,7 +1,7 @@
 """The training step at the published sizes: ours against the naive model, checked before it is timed.
 
     python kernels/benchmarks/step.py [--out FILE] [--cpu] [--profile] [--lengths full|scientific] [--items N ...]
-        [--streams torch|triton]
+        [--streams torch|triton] [--precision tf32|fp32|bf16] [--ours] [--all-places]
 
 Both train the same synthetic interactions (batch 1024, hidden 256, one layer, text and image vectors 768 wide, TF32
 products, dropout 0.4, NAdam after every micro-batch). `full`: every history fills the 20 places; `scientific`: 8,442
@@ -26,7 +26,7 @@ import torch
 from naive_mmm4rec import NaiveMMM4Rec
 
 from mmm4rec_cli.data.sequences import Sequences
-from mmm4rec_cli.models import time_stream
+from mmm4rec_cli.models import blocks, time_stream
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.settings import Settings
 from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
@@ -54,11 +54,16 @@ def interactions(users: int, items: int, total: int, full: bool, seed: int = 0) 
     return sequences, targets
 
 
-def settings(dropout: float = 0.4, **finetune: object) -> Settings:
+def settings(dropout: float = 0.4, precision: str = "tf32", **finetune: object) -> Settings:
     """The published sizes, the published time."""
     drops = dict.fromkeys(("dropout", "embedding_dropout", "time_dropout"), dropout)
     return Settings.model_validate(
-        {"protocol": "published", "model": {"time": "published", **drops}, "finetune": {"accumulation": 1, **finetune}}
+        {
+            "protocol": "published",
+            "model": {"time": "published", **drops},
+            "finetune": {"accumulation": 1, **finetune},
+            "runtime": {"precision": precision},
+        }
     )
 
 
@@ -128,9 +133,14 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", default=["full", "scientific"], choices=["full", "scientific"])
     parser.add_argument("--items", nargs="+", type=int, help="catalogues (4385 and 25986; with --cpu 4385)")
     parser.add_argument("--streams", choices=["torch", "triton"], default="torch", help="backend of the time streams")
+    parser.add_argument("--precision", choices=["tf32", "fp32", "bf16"], default="tf32", help="ours; naive has TF32")
+    parser.add_argument("--all-places", action="store_true", help="also those of the last layer that nobody reads")
+    parser.add_argument("--ours", action="store_true", help="time ours alone")
     arguments = parser.parse_args()
     for name in ("stream_stage", "spectral_filter"):
         setattr(time_stream, name, partial(getattr(time_stream, name), backend=arguments.streams))
+    if arguments.all_places:
+        blocks.tail_unfit = lambda *sizes: "not asked for"
     device = torch.device("cpu" if arguments.cpu else "cuda")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     common = {
@@ -138,7 +148,6 @@ def main() -> None:
         "device": "cpu" if arguments.cpu else torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
-    rows = []
     catalogues = arguments.items or ([4385] if arguments.cpu else [4385, 25986])
     for items in catalogues:
         for kind in arguments.lengths:
@@ -150,18 +159,20 @@ def main() -> None:
             sequences, targets = sequences.to(device), targets.to(device)
             worst = check(device, items, sequences, targets)
             torch.set_float32_matmul_precision("high")
-            config = settings()
+            config = settings(precision=arguments.precision)
             ours, naive = models(config, items, device)
-            rows.append(time_naive(naive, sequences, targets, device))
+            rows = [] if arguments.ours else [time_naive(naive, sequences, targets, device)]
             del naive
             rows.append(time_ours(ours, sequences, targets, config, device, arguments.profile))
-            for row in rows[-2:]:
+            for row in rows:
                 row |= {"items": items, "lengths": kind, "worst_error": worst, "streams": arguments.streams, **common}
+                row["all_places"] = arguments.all_places or row["form"] == "naive"
+                row["precision"] = "tf32" if row["form"] == "naive" else arguments.precision
                 print(json.dumps(row), flush=True)
-            print(f"ratio {rows[-2]['step_ms'] / rows[-1]['step_ms']:.1f}", flush=True)
-    if arguments.out:
-        with arguments.out.open("a") as stream:
-            stream.write("".join(json.dumps(row) + "\n" for row in rows))
+                if arguments.out:
+                    with arguments.out.open("a") as stream:
+                        stream.write(json.dumps(row) + "\n")
+            print(f"ratio {rows[0]['step_ms'] / rows[-1]['step_ms']:.1f}", flush=True)
 
 
 def time_naive(naive: NaiveMMM4Rec, sequences: Sequences, targets: torch.Tensor, device: torch.device) -> dict:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmm4rec_cli.errors import DataError
 from mmm4rec_cli.reporter import Reporter
+from mmm4rec_kernels import windows_before
 
 SHARE = 0.25
 """Of a GPU's memory: what interactions may take before they stay in the host's."""
@@ -160,24 +161,10 @@ class Sequences:
                 target's own stamp stands in the first padded place. Otherwise stamps stand at real places only.
             rows: see `Windows.rows`.
         """
-        first_B = self.first_N[targets_B]
-        start_B = torch.maximum(first_B, targets_B - max_len)
-        lengths_B = targets_B - start_B
-        place_T = torch.arange(max_len, device=targets_B.device)
-        flat_BT = start_B[:, None] + place_T
-        real_BT = place_T < lengths_B[:, None]
-        stamped_BT = real_BT
-        if with_target_time:
-            whole_B = (start_B == first_B) & (lengths_B < max_len)
-            stamped_BT = place_T < (lengths_B + whole_B)[:, None]
-        flat_BT = flat_BT.clamp(max=len(self.items_N) - 1)
-        return Windows(
-            items_BT=torch.where(real_BT, self.items_N[flat_BT].long(), 0),
-            lengths_B=lengths_B,
-            timestamps_BT=torch.where(stamped_BT, self.times_N[flat_BT], 0),
-            target_B=self.items_N[targets_B].long(),
-            rows=rows,
+        items_BT, lengths_B, timestamps_BT, target_B = windows_before(
+            self.items_N, self.times_N, self.first_N, targets_B, max_len, with_next=with_target_time
         )
+        return Windows(items_BT, lengths_B, timestamps_BT, target_B, rows)
 
     def all_targets(self) -> Tensor:
         """Pre-training: every element but each user's first (spec 8)."""

@@ -21,11 +21,14 @@ from mmm4rec_kernels import (
     residual_norm,
     ssd_block,
     ssd_block_tail,
+    tail_unfit,
 )
 
 PARTS = ("weight", "bias")
 TAILS_ON = ("cpu",)
-"""Devices where the last layer's scans give the last places alone; elsewhere kernels give all."""
+"""Devices where the last layer's scans give the last places alone, whatever the sizes; elsewhere if a kernel does."""
+TAILS_FROM = 10
+"""On a GPU: rows a user from which on the last layer's self block of images is worth a call of its own."""
 
 
 class Linear(nn.Linear):
@@ -50,6 +53,11 @@ class RMSGate(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+
+
+def _apart(x: Tensor) -> bool:
+    """Whether the tail's kernel adds the bias of the in-projection: its gradient is then a sum on the way."""
+    return x.is_cuda
 
 
 class StateSpace(nn.Module):
@@ -139,6 +147,7 @@ class StateSpace(nn.Module):
         conv_bias: Tensor,
         w_1BHT: Tensor | None,
         places: Places,
+        bias: Tensor | None,
     ) -> Tensor:
         """As `scan` of one stream, at the last places alone, [B, J, D].
 
@@ -148,11 +157,13 @@ class StateSpace(nn.Module):
             conv_bias: likewise.
             w_1BHT: factor on the step sizes.
             places: where the rows lie.
+            bias: of xBdt, if that comes without.
         """
         assert places.lengths_B is not None
+        packed = places.offsets is not None
         out: Tensor = self.out_proj(
             ssd_block_tail(
-                projected._replace(xBdt=places.grid(projected.xBdt)),
+                projected._replace(xBdt=places.sequences(projected.xBdt[None])),
                 places.lengths_B,
                 conv_weight,
                 conv_bias,
@@ -164,6 +175,9 @@ class StateSpace(nn.Module):
                 eps=self.eps,
                 time_factor_BLH=None if w_1BHT is None else w_1BHT[0].transpose(-1, -2)[:, : places.length],
                 skip="dt_x",
+                cu_seqlens=places.offsets,
+                max_length=places.length if packed else None,
+                bias_of_xBdt=bias,
             )
         )
         return out
@@ -201,8 +215,11 @@ class SSD(StateSpace):
 
     def tail(
         self, u_SD: Tensor, w_1BHT: Tensor | None, places: Places, count: int, gap_S: Tensor | None = None
-    ) -> Tensor:
-        """The block's output for one stream at the last `count` places of each user, [B, count, D]."""
+    ) -> tuple[Tensor, Tensor]:
+        """The block's output for one stream at the last `count` places of each user, and the stream there.
+
+        Both [B, count, D].
+        """
         inner, heads = self.norm.weight.shape[0], self.D.shape[0]
         states = (self.conv.weight.shape[0] - inner) // 2
         columns = [inner, inner + states, states, heads]
@@ -211,12 +228,15 @@ class SSD(StateSpace):
         )
         reach = count + self.conv.weight.shape[1] - 1
         u_BMD = places.tails(u_SD, reach)
+        u_BJD = u_BMD[:, -count:]
+        bias, apart = torch.cat([b_xB, b_dt]), _apart(u_SD)
         projected = CrossProjections(
-            xBdt=self.paced(linear(u_SD, torch.cat([w_xB, w_dt]), torch.cat([b_xB, b_dt])), gap_S),
-            z=linear(u_BMD[:, -count:], w_z, b_z),
-            C=linear(u_BMD, w_C, b_C) * places.inside(reach),
+            xBdt=self.paced(linear(u_SD, torch.cat([w_xB, w_dt]), None if apart else bias), gap_S),
+            z=linear(u_BJD, w_z, b_z),
+            C=linear(u_BMD, w_C, b_C),
         )
-        return self.scan_tail(projected, self.conv.weight, self.conv.bias, w_1BHT, places)
+        added = bias if apart else None
+        return self.scan_tail(projected, self.conv.weight, self.conv.bias, w_1BHT, places, added), u_BJD
 
 
 class CrossSSD(StateSpace):
@@ -270,12 +290,14 @@ class CrossSSD(StateSpace):
             places: where the rows lie.
             gap_S: what paces the scan, if anything does.
         """
+        bias, apart = self.u_in_proj.bias, _apart(u_SD)
         projected = CrossProjections(
-            xBdt=self.paced(self.u_in_proj(u_SD), gap_S),
+            xBdt=self.paced(linear(u_SD, self.u_in_proj.weight, None if apart else bias), gap_S),
             z=self.z_in_proj(q_BJD[:, -1:] + u_BD[:, None]),
-            C=self.q_in_proj(q_BJD) * places.inside(q_BJD.shape[1]),
+            C=self.q_in_proj(q_BJD),
         )
-        return self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places)[:, 0]
+        added = bias if apart else None
+        return self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places, added)[:, 0]
 
     def _convolution(self) -> tuple[Tensor, Tensor]:
         return torch.cat([self.u_conv.weight, self.q_conv.weight]), torch.cat([self.u_conv.bias, self.q_conv.bias])
@@ -348,25 +370,31 @@ class CrossModalLayer(nn.Module):
     ) -> Tensor:
         """New image [B, D] at each user's last place, all that a model reads of its last layer.
 
-        Nothing is computed that only other places would need: on the CPU in every block, on a GPU behind the scans,
-        whose kernels give all places.
+        Nothing is computed that only other places would need, but where so few places are real that leaving them out
+        costs more, or where no kernel does it.
         """
         last_B = places.last_B
-        if image_SD.device.type not in TAILS_ON:
+        cross = self.cross_ssd
+        count = cross.q_conv.weight.shape[1]
+        always = image_SD.device.type in TAILS_ON
+        if not always and tail_unfit(image_SD, places.length, count, len(cross.D), cross.n_groups):
             query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
-            out_BD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S, rows=last_B)
+            out_BD = cross(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S, rows=last_B)
             return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
-        w_MBHT, following_MBHT = self.ssd.stage(streams_MBHT)
-        w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
-        projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
-        out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places)[0]
-        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
-        text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
-        count = self.cross_ssd.q_conv.weight.shape[1]
-        out_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
-        query_BJD = self.image_norm(out_BJD, residual=places.tails(image_SD, count), **drop)
+        if not always and len(image_SD) < TAILS_FROM * places.users:
+            query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
+            query_BJD = places.tails(query_SD, count)
+        else:
+            drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+            w_MBHT, streams_MBHT = self.ssd.stage(streams_MBHT)
+            w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
+            projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
+            out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places)[0]
+            text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
+            out_BJD, image_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
+            query_BJD = self.image_norm(out_BJD, residual=image_BJD, **drop)
         text_BD = text_SD.index_select(0, last_B)
-        out_BD = self.cross_ssd.tail(query_BJD, text_SD, text_BD, self._joint(following_MBHT), places, gap_S)
+        out_BD = cross.tail(query_BJD, text_SD, text_BD, self._joint(streams_MBHT), places, gap_S)
         return self._joined(out_BD, query_BJD[:, -1], text_BD)
 
     def _selves(

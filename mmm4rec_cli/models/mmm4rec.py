@@ -17,7 +17,7 @@ from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import GapBuckets, ObservedGaps, PublishedGaps, log_gaps
 from mmm4rec_cli.settings.schema import ModelSettings
-from mmm4rec_kernels import Order, lookup, order_of
+from mmm4rec_kernels import Order, lookup, order_of, unit_sum
 
 ROWS_A_PART = 1280
 """On the CPU: places computed at a time."""
@@ -269,6 +269,8 @@ class MMM4Rec(SequenceModel):
         return self._fused(self.image.vectors(items), self.text.vectors(items), items)
 
     def _fused(self, image_VD: Tensor, text_VD: Tensor, items: Tensor | None = None) -> Tensor:
+        if self.fusion_weight is None:
+            return unit_sum(text_VD, image_VD, scale=1 / self.config.temperature)
         text_weight, image_weight = self.fusion_factors(items)
         both = text_weight * _normalised(text_VD) + image_weight * _normalised(image_VD)
         return both / self.config.temperature

@@ -7,8 +7,9 @@ S rows, n streams that share a block.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mmm4rec_kernels import packing_of
 
 ROWS_A_STEP = 2
 """Rows are rounded up to a multiple of B / 2, so that few shapes occur and a recorded graph serves many batches."""
@@ -55,17 +56,8 @@ class Places:
             length: T.
             rows: S, at least the sum of the lengths and at most B T.
         """
-        users = len(lengths_B)
-        ends_B = lengths_B.cumsum(0)
-        row_S = torch.arange(rows, device=lengths_B.device)
-        owner_S = torch.searchsorted(ends_B, row_S, right=True)
-        starts_B = ends_B - lengths_B
-        real_S = row_S < ends_B[-1]
-        slot_S = owner_S * length + row_S - F.pad(starts_B, (0, 1))[owner_S]
-        # The filling is shorter than the whole, which holds at least one row a user.
-        fill_Q = torch.arange(1, (rows - users) // length + 2, device=lengths_B.device) * length
-        offsets = torch.cat([starts_B, ends_B[-1:], (ends_B[-1] + fill_Q).clamp(max=rows)])
-        return cls(users, length, ends_B - 1, torch.where(real_S, slot_S, 0), offsets.int(), lengths_B)
+        last_B, slot_S, offsets = packing_of(lengths_B, length, rows)
+        return cls(len(lengths_B), length, last_B, slot_S, offsets, lengths_B)
 
     def rows(self, grid: Tensor) -> Tensor:
         """[..., B, T, C] to [..., S, C]."""
@@ -90,21 +82,6 @@ class Places:
         steps = torch.arange(1 - count, 1, device=self.last_B.device)
         at_BM = (self.last_B[:, None] + steps).clamp(min=0)
         return rows_SC.index_select(0, at_BM.flatten()).view(self.users, count, -1)
-
-    def inside(self, count: int) -> Tensor:
-        """Which of the last `count` places lie in each user's sequence, bool [B, count, 1]."""
-        assert self.lengths_B is not None
-        back = torch.arange(count, 0, -1, device=self.lengths_B.device)
-        return (back <= self.lengths_B[:, None])[..., None]
-
-    def grid(self, rows_SC: Tensor) -> Tensor:
-        """Rows as [B, T, C]; behind each user's end stands any row."""
-        if self.slot_S is None or self.lengths_B is None:
-            return rows_SC.view(self.users, self.length, -1)
-        first_B = self.last_B - self.lengths_B + 1
-        at_BT = first_B[:, None] + torch.arange(self.length, device=first_B.device)
-        at_BT = at_BT.clamp(max=len(rows_SC) - 1)
-        return rows_SC.index_select(0, at_BT.flatten()).view(self.users, self.length, -1)
 
     def offsets_of(self, streams: int) -> Tensor | None:
         """The offsets of the sequences of n streams, one stream behind the other; None for a grid."""

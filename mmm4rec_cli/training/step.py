@@ -15,6 +15,7 @@ from mmm4rec_cli.device import precision
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.places import rounded_rows
 from mmm4rec_cli.world import World
+from mmm4rec_kernels import seeds_at_once
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,13 @@ class Gradients:
 
     def _compute(self, batch: MicroBatch, weight: Tensor) -> Tensor:
         windows = self._windows(batch)
-        with precision(self.number_format, self.device):
+        with precision(self.number_format, self.device), seeds_at_once(self.device):
             loss = self._loss(windows)
         gradients = torch.autograd.grad(loss * weight.to(loss.dtype), self.parameters, allow_unused=True)
-        # One operation for all parameters; accumulating each on its own costs a kernel a parameter.
+        # One operation for all parameters; accumulating each on its own costs a kernel a parameter, and so would one
+        # gradient whose strides are others than its parameter's.
         found = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        torch._foreach_add_([self.totals[i] for i in found], [gradients[i] for i in found])
+        torch._foreach_add_([self.totals[i] for i in found], [gradients[i].contiguous() for i in found])
         return loss.detach().double()
 
     def _loss(self, windows: Windows) -> Tensor:

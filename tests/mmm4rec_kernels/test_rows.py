@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmm4rec_kernels import hardswish_dropout, linear, residual_norm
+from mmm4rec_kernels import hardswish_dropout, linear, residual_norm, rows, seeds_at_once, unit_sum
 from mmm4rec_kernels.rows import ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -91,12 +91,44 @@ def test_the_gradient_sees_the_same_dropout_as_the_result():
 
 
 @by_kernel
+def test_seeds_drawn_at_once_differ_and_follow_the_generator():
+    x = torch.ones(4000, device=DEVICE)
+
+    def dropped() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        with seeds_at_once(torch.device(DEVICE), count=2):
+            return [hardswish_dropout(x, p=0.5, training=True) for _ in range(3)]
+
+    first, again = dropped(), dropped()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+    assert not rows._drawn
+
+
+@by_kernel
 @pytest.mark.parametrize(("rows", "columns"), [(1, 5), (33, 70), (300, 131)])
 def test_sums_over_rows_repeat_and_are_right(rows, columns):
     x = torch.randn(rows, columns, device=DEVICE)
     got = ops.sum_rows(x)
     torch.testing.assert_close(got.double(), x.double().sum(0), rtol=1e-5, atol=1e-5)
     assert torch.equal(got, ops.sum_rows(x))
+
+
+def test_the_sum_of_rows_of_one_length_and_its_gradients():
+    a, b = (t.requires_grad_() for t in inputs(None)[:2])
+    with torch.no_grad():
+        a[3] = 0
+        a[4] *= 1e-14 / a[4].norm()
+    got = unit_sum(a, b, scale=1.25)
+    double = [t.detach().double().requires_grad_() for t in (a, b)]
+    want = sum(F.normalize(t, dim=-1, eps=1e-12) for t in double) * 1.25
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    up = torch.randn_like(want)
+    got.backward(up.float())
+    want.backward(up)
+    for leaf, other in zip((a, b), double, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_linear_has_the_gradients_of_torchs_own():

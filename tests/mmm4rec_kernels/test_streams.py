@@ -186,3 +186,12 @@ def test_the_kernels_interpreted():
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert " 1 skipped" in result.stdout.splitlines()[-1]
+
+
+def test_the_filter_takes_what_autocast_gives():
+    given = filter_inputs(2, 3, 2, 20)
+    maps = [ComplexMap(*given[i : i + 4]) for i in (1, 5, 9)]
+    want = spectral_filter(given[0].float(), *maps, backend="torch")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = spectral_filter(given[0].bfloat16(), *maps, backend="torch")
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from mmm4rec_kernels import CrossProjections, ssd_block, ssd_block_tail
+from mmm4rec_kernels import BackendUnavailable, CrossProjections, ssd_block, ssd_block_tail
 
 E, H, G, N, K = 12, 4, 2, 3, 4
 Q = G * N
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 def block_inputs(lengths: list[int], length: int) -> list[torch.Tensor]:
@@ -73,3 +77,61 @@ def test_projections_of_other_places_are_refused():
         ssd_block_tail(
             CrossProjections(xBdt, z[:, -1:], C[:, -1:]), torch.tensor([3, 3]), *parameters, n_groups=G, eps=1e-6
         )
+
+
+def test_packed_sequences_give_what_padded_ones_give():
+    lengths = torch.tensor([1, 9, 5, 2])
+    xBdt, z, C, factor, *parameters = given = block_inputs(lengths.tolist(), 9)
+    options = {"n_groups": G, "eps": 1e-6, "time_factor_BLH": factor, "backend": "torch"}
+    inside = torch.arange(9) < lengths[:, None]
+    rows = torch.cat([xBdt[inside], torch.ones(3, xBdt.shape[-1], dtype=xBdt.dtype)])[None]
+    offsets = torch.tensor([0, 1, 10, 15, 17, 20], dtype=torch.int32)
+    _, reached = last(C, lengths, 3 + K)
+    up = torch.randn_like(z[:, -4:]) * (lengths[:, None] - 4 + torch.arange(4) >= 0)[..., None]
+    seen = []
+    for written, packed in ((xBdt, {}), (rows, {"cu_seqlens": offsets, "max_length": 9})):
+        projected = CrossProjections(written, z[:, -4:], C[:, -3 - K :] * reached)
+        got = ssd_block_tail(projected, lengths, *parameters, **options, **packed)
+        seen.append((got.detach() * (up != 0), *torch.autograd.grad(got, given, up)))
+    for got, want in zip(*seen, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs interpreted, and on a GPU")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("count", "skip", "taps"), [(1, "dt_x", 4), (4, "dt_x", 4), (3, "x", 3)])
+def test_tail_kernel_equals_the_torch_form(count, skip, taps, packed):
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
+    lengths = torch.tensor([1, 9, 5, 2, 3], device=DEVICE)
+    users, width, states = len(lengths), H * 12, H * 5
+    shape = (1, 28) if packed else (users, 9)
+    shapes = [
+        *((*shape, width + states + H), (users, count, width), (users, count + taps - 1, states), (users, 9, H)),
+        *((width + 2 * states, taps), (width + 2 * states,), (H,), (H,), (H,), (width,)),
+    ]
+    given = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+    shift = torch.randn(shapes[0][-1], device=DEVICE).requires_grad_()
+    xBdt, z, C, factor, *parameters = given
+    given.append(shift)
+    offsets = torch.tensor([0, 1, 10, 15, 17, 20, 28, 28], device=DEVICE, dtype=torch.int32)
+    options = {"n_groups": H, "eps": 1e-6, "time_factor_BLH": factor, "skip": skip}
+    options |= {"cu_seqlens": offsets, "max_length": 9} if packed else {}
+    options["bias_of_xBdt"] = shift
+    place = lengths[:, None] - count - taps + 1 + torch.arange(count + taps - 1, device=DEVICE)
+    reached = (place >= 0)[..., None]
+    up = torch.randn(users, count, width, device=DEVICE) * reached[:, taps - 1 :]
+    seen = []
+    for backend in ("torch", "triton"):
+        projected = CrossProjections(xBdt, z, C)
+        got = ssd_block_tail(projected, lengths, *parameters, **options, backend=backend)
+        seen.append((got.detach() * reached[:, taps - 1 :], *torch.autograd.grad(got, given, up)))
+    for want, got in zip(*seen, strict=True):
+        assert float((got - want).norm() / want.norm()) < 3e-5
+
+
+def test_sizes_that_the_kernel_was_not_built_for_are_refused():
+    xBdt, z, C, _, *parameters = (t.detach() for t in block_inputs([3, 3], 3))
+    projected = CrossProjections(xBdt, z[:, -1:], torch.zeros(2, K, Q, dtype=C.dtype))
+    with pytest.raises(BackendUnavailable, match="CUDA" if not INTERPRETED else "float64"):
+        ssd_block_tail(projected, torch.tensor([3, 3]), *parameters, n_groups=G, eps=1e-6, backend="triton")

@@ -183,28 +183,34 @@ def test_float64_outputs_and_intermediates_equal_the_published_ones(golden, monk
     assert torch.equal(ranks, golden.tensors["out/label_rank0"])
 
 
+def chosen(path: str, monkeypatch: pytest.MonkeyPatch):
+    """What computes user vectors: whole sequences packed, in parts, or packed with the tails that kernels give."""
+    if path == "parts":
+        return read_users
+    monkeypatch.setattr(blocks, "TAILS_ON", ())
+    if path != "packed":
+        monkeypatch.setattr(blocks, "tail_unfit", lambda *sizes: "")
+        monkeypatch.setattr(blocks, "TAILS_FROM", {"both tails": 0, "one tail": 1000}[path])
+    return packed_users
+
+
 @pytest.mark.parametrize("spare", [0, 1, 13])
-@pytest.mark.parametrize("path", ["packed", "parts"])
+@pytest.mark.parametrize("path", ["packed", "both tails", "one tail", "parts"])
 def test_without_what_nobody_reads_the_user_vectors_are_the_same(golden, spare, path, monkeypatch):
     monkeypatch.setattr(mmm4rec, "ROWS_A_PART", 15)
     monkeypatch.setattr(mmm4rec, "PADDING_A_PART", spare)
-    if path == "packed":
-        monkeypatch.setattr(blocks, "TAILS_ON", ())
+    users = chosen(path, monkeypatch)
     model = golden.model(torch.float64).eval()
-    users = packed_users if path == "packed" else read_users
     with torch.no_grad():
         assert deviation(users(model, golden, spare), golden.tensors["out/seq_output"]) < 1e-9
 
 
-@pytest.mark.parametrize("path", ["padded", "packed", "parts"])
+@pytest.mark.parametrize("path", ["padded", "packed", "both tails", "one tail", "parts"])
 def test_float64_gradients_equal_the_published_ones(golden, path, monkeypatch):
     monkeypatch.setattr(mmm4rec, "ROWS_A_PART", 15)
     model = golden.model(torch.float64).eval()
-    user = (
-        model(*golden.inputs())
-        if path == "padded"
-        else (packed_users if path == "packed" else read_users)(model, golden, spare=5)
-    )
+    users = (lambda m, g, spare: m(*g.inputs())) if path == "padded" else chosen(path, monkeypatch)
+    user = users(model, golden, spare=5)
     losses = outputs(model, golden, user)
     for kind, loss in (("grad/", losses["loss_full"]), ("grad_inbatch/", losses["loss_inbatch"])):
         wanted = {k.removeprefix(kind): v for k, v in golden.tensors.items() if k.startswith(kind)}

@@ -14,11 +14,11 @@ from mmm4rec_kernels.backend import choose
 from mmm4rec_kernels.block import composed
 from mmm4rec_kernels.block.ops import several_in_a_tile, short_forward, ssd_block_forward
 from mmm4rec_kernels.block.parts import CrossProjections, cut
-from mmm4rec_kernels.block.tail import ssd_block_tail
+from mmm4rec_kernels.block.tail import ssd_block_tail, tail_unfit
 from mmm4rec_kernels.ssd import Skip
 from mmm4rec_kernels.ssd.ops import unfit as scan_unfit
 
-__all__ = ["CrossProjections", "ssd_block", "ssd_block_tail"]
+__all__ = ["CrossProjections", "ssd_block", "ssd_block_tail", "tail_unfit"]
 
 
 def ssd_block(

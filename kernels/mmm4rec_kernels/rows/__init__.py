@@ -6,6 +6,8 @@ own, S rows a group, D width.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from mmm4rec_kernels.backend import interpreting, runs
 from mmm4rec_kernels.rows import ops
 
-__all__ = ["dropout", "hardswish_dropout", "linear", "residual_norm"]
+__all__ = ["dropout", "hardswish_dropout", "linear", "residual_norm", "seeds_at_once", "unit_sum"]
 
 MAX_WIDTH = 8192
 """Widest row that the kernels take."""
@@ -24,11 +26,26 @@ def _by_kernel(x: torch.Tensor) -> bool:
     return (x.is_cuda or interpreting()) and x.dtype != torch.float64 and runs("triton")
 
 
-def _seed(x: torch.Tensor, p: float, training: bool) -> torch.Tensor | None:
-    """A draw from torch's own generator, on the device, so that dropout follows `torch.manual_seed`."""
+_drawn: list[torch.Tensor] = []
+
+
+@contextlib.contextmanager
+def seeds_at_once(device: torch.device, count: int = 32) -> Iterator[None]:
+    """Inside, the kernels' dropouts take their seeds from one draw, which costs one kernel instead of one each."""
+    if device.type != "cpu" or interpreting():
+        # Two numbers a seed: each lies on 16 bytes, and kernels are compiled for one alignment.
+        _drawn.extend(torch.randint(1 << 62, (count, 2), device=device)[:, :1].unbind())
+    try:
+        yield
+    finally:
+        _drawn.clear()
+
+
+def seed(x: torch.Tensor, p: float, training: bool) -> torch.Tensor | None:
+    """A draw from torch's own generator, on the device, so that dropout follows `torch.manual_seed`; None for none."""
     if not training or p == 0:
         return None
-    return torch.randint(1 << 62, (1,), device=x.device)
+    return _drawn.pop() if _drawn else torch.randint(1 << 62, (1,), device=x.device)
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
@@ -82,8 +99,8 @@ def residual_norm(
     flat = [None if t is None else t.contiguous().view(-1, *t.shape[-2:]) for t in (x, residual, other)]
     assert flat[0] is not None
     groups = flat[0].shape[0]
-    weights = [w.expand(groups, -1).contiguous() for w in (weight, bias)]
-    out, _ = ops.norm_forward(flat[0], flat[1], flat[2], *weights, _seed(x, p, training), p, eps)
+    weights = [w.expand(groups, -1).contiguous() if groups > 1 else w.view(1, -1) for w in (weight, bias)]
+    out, _ = ops.norm_forward(flat[0], flat[1], flat[2], *weights, seed(x, p, training), p, eps)
     result: torch.Tensor = out.view(x.shape)
     return result
 
@@ -92,8 +109,16 @@ def hardswish_dropout(x: torch.Tensor, *, p: float = 0.0, training: bool = False
     """Dropout of hardswish(x) = x clip(x + 3, 0, 6) / 6, any shape."""
     if not _by_kernel(x):
         return dropout(F.hardswish(x), p, training)
-    result: torch.Tensor = ops.hardswish_forward(x.contiguous(), _seed(x, p, training), p)
+    result: torch.Tensor = ops.hardswish_forward(x.contiguous(), seed(x, p, training), p)
     return result
+
+
+def unit_sum(a: torch.Tensor, b: torch.Tensor, *, scale: float = 1.0, least: float = 1e-12) -> torch.Tensor:
+    """Sum of the rows of two tensors, each row divided by max(its length, least), times `scale`; [S, D] all three."""
+    if _by_kernel(a) and a.dtype == b.dtype and a.shape[1] <= MAX_WIDTH:
+        result: torch.Tensor = ops.unit_sum(a.contiguous(), b.contiguous(), scale, least)
+        return result
+    return (F.normalize(a, dim=-1, eps=least) + F.normalize(b, dim=-1, eps=least)) * scale
 
 
 class _Linear(torch.autograd.Function):
@@ -115,9 +140,9 @@ class _Linear(torch.autograd.Function):
         return d_x, d_weight, d_bias
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """X weightᵀ + bias; [..., D] in, [..., C] out, weight [C, D], bias [C]."""
-    if not _by_kernel(x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """X weightᵀ + bias; [..., D] in, [..., C] out, weight [C, D], bias [C] or None."""
+    if bias is None or not _by_kernel(x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     result: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return result

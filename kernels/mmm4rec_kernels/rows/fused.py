@@ -16,7 +16,7 @@ from mmm4rec_kernels.launch import processors
 
 ELEMENTS = 1024
 """Elements of a tile."""
-PROGRAMS = 4
+PROGRAMS = 8
 """Programs of the kernels with sums, for each multiprocessor."""
 
 
@@ -126,6 +126,20 @@ def column_sums(p_x, p_sums, rows, columns, stride, BR: tl.constexpr, BC: tl.con
 
 
 @triton.jit
+def ordered_sums(p_from, p_to, count, columns, BR: tl.constexpr, BC: tl.constexpr):
+    """Sums over the middle of [n, count, columns], always in the same order."""
+    i_n = tl.program_id(1)
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    o_r = tl.arange(0, BR)
+    p_from += i_n.to(tl.int64) * count * columns
+    b_sum = tl.zeros([BR, BC], tl.float32)
+    for r in range(0, count, BR):
+        mask = (o_r < count - r)[:, None] & (o_c < columns)[None, :]
+        b_sum += tl.load(p_from + (r + o_r)[:, None] * columns + o_c[None, :], mask=mask, other=0.0)
+    tl.store(p_to + i_n * columns + o_c, tl.sum(b_sum, 0), mask=o_c < columns)
+
+
+@triton.jit
 def activation_forward(p_x, p_seed, p_out, size, p, BLOCK: tl.constexpr):
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_x < size
@@ -146,6 +160,44 @@ def activation_backward(p_grad, p_x, p_seed, p_dx, size, p, BLOCK: tl.constexpr)
         b_dx *= _kept(p_seed, o_x, p)
     b_slope = tl.where(b_x <= -3.0, 0.0, tl.where(b_x < 3.0, b_x * (1.0 / 3.0) + 0.5, 1.0))
     tl.store(p_dx + o_x, (b_dx * b_slope).to(p_dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def unit_sum_forward(p_a, p_b, p_out, rows, scale, least, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    o_d = tl.arange(0, BD)
+    mask = (o_r < rows)[:, None] & (o_d < D)[None, :]
+    o_element = o_r.to(tl.int64)[:, None] * D + o_d[None, :]
+    b_a = tl.load(p_a + o_element, mask=mask, other=0.0).to(tl.float32)
+    b_b = tl.load(p_b + o_element, mask=mask, other=0.0).to(tl.float32)
+    b_a *= (scale / tl.maximum(tl.sqrt_rn(tl.sum(b_a * b_a, 1)), least))[:, None]
+    b_b *= (scale / tl.maximum(tl.sqrt_rn(tl.sum(b_b * b_b, 1)), least))[:, None]
+    tl.store(p_out + o_element, (b_a + b_b).to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def unit_gradient(b_x, b_grad, scale, least):
+    """Gradient of scale x / max(|x|, least)."""
+    b_length = tl.sqrt_rn(tl.sum(b_x * b_x, 1))
+    b_scale = scale / tl.maximum(b_length, least)
+    b_along = tl.where(b_length >= least, tl.sum(b_x * b_grad, 1) * b_scale, 0.0)
+    b_along /= tl.maximum(b_length * b_length, least * least)
+    return b_grad * b_scale[:, None] - b_x * b_along[:, None]
+
+
+@triton.jit
+def unit_sum_backward(
+    p_grad, p_a, p_b, p_da, p_db, rows, scale, least, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
+):
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    o_d = tl.arange(0, BD)
+    mask = (o_r < rows)[:, None] & (o_d < D)[None, :]
+    o_element = o_r.to(tl.int64)[:, None] * D + o_d[None, :]
+    b_grad = tl.load(p_grad + o_element, mask=mask, other=0.0).to(tl.float32)
+    b_a = tl.load(p_a + o_element, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_da + o_element, unit_gradient(b_a, b_grad, scale, least).to(p_da.dtype.element_ty), mask=mask)
+    b_b = tl.load(p_b + o_element, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_db + o_element, unit_gradient(b_b, b_grad, scale, least).to(p_db.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -213,8 +265,8 @@ def norm_backward(
     eps: float,
     want_x: bool,
     want_sum: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x and of what was added to it (empty where not wanted), weight [n, D] and bias [n, D] (float32)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x and of what was added to it (empty where not wanted), and of weight and bias [n, 2, D] float32."""
     groups, rows, width = total.shape
     d_x = torch.empty_like(total) if want_x else total.new_empty(0)
     d_sum = torch.empty_like(total) if want_sum else total.new_empty(0)
@@ -235,9 +287,7 @@ def norm_backward(
         D=width,
         **tile,
     )
-    d_weight, d_bias = sums.sum(1).unbind(1)
-    # Copies: the outputs of an operator of torch must not share memory.
-    return d_x, d_sum, d_weight.clone(), d_bias.clone()
+    return d_x, d_sum, summed(sums)
 
 
 def sum_rows(x: torch.Tensor) -> torch.Tensor:
@@ -249,7 +299,15 @@ def sum_rows(x: torch.Tensor) -> torch.Tensor:
     programs = max(1, min(triton.cdiv(rows, height), -(-processors(x) * 8 // wide)))
     sums = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     column_sums[(programs, wide)](x, sums, rows, columns, x.stride(0), BR=height, BC=block, num_warps=4)
-    return sums.sum(0)
+    return summed(sums[None]).squeeze(0)
+
+
+def summed(sums: torch.Tensor) -> torch.Tensor:
+    """[n, count, ...] summed over count, several times faster than torch does it where few columns are many rows."""
+    out = torch.empty(sums.shape[0], *sums.shape[2:], dtype=torch.float32, device=sums.device)
+    columns = out[0].numel()
+    ordered_sums[(triton.cdiv(columns, 16), len(out))](sums, out, sums.shape[1], columns, BR=128, BC=16, num_warps=4)
+    return out
 
 
 def hardswish(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
@@ -266,6 +324,26 @@ def hardswish_backward(grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor |
     if x.numel():
         activation_backward[(triton.cdiv(x.numel(), 1024),)](grad.contiguous(), x, seed, d_x, x.numel(), p, BLOCK=1024)
     return d_x
+
+
+def unit_sum(a: torch.Tensor, b: torch.Tensor, scale: float, least: float) -> torch.Tensor:
+    """The sum of scale x / max(|x|, least) for the rows x of two contiguous tensors [S, D]."""
+    out, tile = torch.empty_like(a), _tile(a.shape[1])
+    if out.numel():
+        unit_sum_forward[(triton.cdiv(len(a), tile["BR"]),)](a, b, out, len(a), scale, least, D=a.shape[1], **tile)
+    return out
+
+
+def unit_sum_gradients(
+    grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, least: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of both."""
+    d_a, d_b, tile = torch.empty_like(a), torch.empty_like(b), _tile(a.shape[1])
+    if d_a.numel():
+        unit_sum_backward[(triton.cdiv(len(a), tile["BR"]),)](
+            grad, a, b, d_a, d_b, len(a), scale, least, D=a.shape[1], **tile
+        )
+    return d_a, d_b
 
 
 def nadam(

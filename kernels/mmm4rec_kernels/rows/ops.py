@@ -42,8 +42,8 @@ def norm_backward(
     eps: float,
     want_x: bool,
     want_sum: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, of what was added (empty where not wanted) and, in float32, of weight and bias."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, of what was added (empty where not wanted) and, in float32, of weight and bias [n, 2, D]."""
     from mmm4rec_kernels.rows import fused
 
     return fused.norm_backward(grad, total, weight, seed, p, eps, want_x, want_sum)
@@ -59,13 +59,11 @@ def _norm_backward_shapes(
     eps: float,
     want_x: bool,
     want_sum: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = torch.empty_like(weight, dtype=torch.float32)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         torch.empty_like(total) if want_x else total.new_empty(0),
         torch.empty_like(total) if want_sum else total.new_empty(0),
-        wide,
-        torch.empty_like(wide),
+        weight.new_empty(weight.shape[0], 2, weight.shape[1], dtype=torch.float32),
     )
 
 
@@ -85,7 +83,8 @@ def _backward_norm(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) 
     added = any(ctx.added)
     # Without dropout x and what is added to it have one gradient.
     apart = seed is not None or not added
-    d_x, d_sum, d_weight, d_bias = norm_backward(grad, total, weight, seed, ctx.p, ctx.eps, apart, added)
+    d_x, d_sum, d_weights = norm_backward(grad, total, weight, seed, ctx.p, ctx.eps, apart, added)
+    d_weight, d_bias = d_weights.unbind(1)
     return (
         d_x if apart else d_sum,
         d_sum if ctx.added[0] else None,
@@ -151,3 +150,45 @@ def _backward_hardswish(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | No
 
 
 hardswish_forward.register_autograd(_backward_hardswish, setup_context=_save_hardswish)
+
+
+@torch.library.custom_op("mmm4rec_kernels::unit_sum", mutates_args=())
+def unit_sum(a: torch.Tensor, b: torch.Tensor, scale: float, least: float) -> torch.Tensor:
+    """Sum of the rows of two tensors [S, D], each row scaled to length `scale`."""
+    from mmm4rec_kernels.rows import fused
+
+    return fused.unit_sum(a, b, scale, least)
+
+
+@unit_sum.register_fake
+def _unit_sum_shape(a: torch.Tensor, b: torch.Tensor, scale: float, least: float) -> torch.Tensor:
+    return torch.empty_like(a)
+
+
+@torch.library.custom_op("mmm4rec_kernels::unit_sum_backward", mutates_args=())
+def unit_sum_backward(
+    grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, least: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of both."""
+    from mmm4rec_kernels.rows import fused
+
+    return fused.unit_sum_gradients(grad.contiguous(), a, b, scale, least)
+
+
+@unit_sum_backward.register_fake
+def _unit_sum_backward_shapes(
+    grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, least: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(a), torch.empty_like(b)
+
+
+def _save_unit_sum(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    a, b, ctx.scale, ctx.least = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _backward_unit_sum(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *unit_sum_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.least), None, None
+
+
+unit_sum.register_autograd(_backward_unit_sum, setup_context=_save_unit_sum)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import precision
+from mmm4rec_kernels.rows.fused import summed
 from mmm4rec_kernels.tiles import sigmoid
 
 ROWS = 64
@@ -540,7 +541,7 @@ def stage_gradients(
             BT=_tile(places),
             num_warps=WARPS,
         )
-    of_heads = sums.sum(0)
+    of_heads = summed(sums[None])[0]
     of_all = of_heads.sum(0)
     ends = shared + 2 * taps + 2
     return d_stream, torch.cat([of_all[:shared], of_heads[:, shared:ends].T.flatten(), of_all[ends:]])
@@ -599,4 +600,4 @@ def spectral_gradients(
             BF=_tile(bins),
             num_warps=WARPS,
         )
-    return d_streams, sums.sum(0)
+    return d_streams, summed(sums[None])[0]
