@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import operator
 import sys
@@ -119,21 +120,28 @@ def imported(module: str) -> Any:
         raise Missing(f"{module}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
+def stand_in(*packages: str) -> None:
+    """Puts empty packages with the paths of the real ones in their place, so that modules below import alone."""
+    top = packages[0]
+    if top in sys.modules:
+        return
+    spec = importlib.util.find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        raise Missing(f"{top} is not installed")
+    root = Path(spec.submodule_search_locations[0])
+    for package in packages:
+        empty = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(package, None, is_package=True))
+        empty.__path__ = [str(root.joinpath(*package.split(".")[1:]))]
+        sys.modules[package] = empty
+
+
 def mamba_module(name: str) -> Any:
     """A module of mamba-ssm, of which the Triton kernels alone suffice.
 
-    Its package imports the compiled part of Mamba-1 first. Where that is not built, stand-ins for the packages, empty
-    but for their paths, let the modules below be imported.
+    Its package imports the compiled part of Mamba-1 first, which need not be built for them.
     """
-    spec = importlib.util.find_spec("mamba_ssm")
-    if spec is None or not spec.submodule_search_locations:
-        raise Missing("mamba_ssm is not installed")
-    if "mamba_ssm" not in sys.modules and importlib.util.find_spec("selective_scan_cuda") is None:
-        root = Path(spec.submodule_search_locations[0])
-        for package in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils"):
-            stand_in = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(package, None, is_package=True))
-            stand_in.__path__ = [str(root.joinpath(*package.split(".")[1:]))]
-            sys.modules[package] = stand_in
+    if importlib.util.find_spec("selective_scan_cuda") is None:
+        stand_in("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils")
     return imported(name)
 
 
@@ -191,14 +199,27 @@ def mamba_block(chunk: int) -> Call:
     return block
 
 
-def gla_scan() -> Call:
-    """The scan as gated linear attention: its queries are C, its keys B, its values the scaled x."""
-    quick_tuning()
-    function = imported("fla.ops.simple_gla").chunk_simple_gla
+def version(distribution: str) -> str:
+    """The installed version, as part of a form's name; empty if there is none."""
+    try:
+        return f" {importlib.metadata.version(distribution)}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
-    def scan(x, dt, A, B, C, D, dt_bias, cu_seqlens=None, max_length=None) -> torch.Tensor:
+
+def gla_scan(name: str) -> Call:
+    """The scan as gated linear attention: its queries are C, its keys B, its values the scaled x.
+
+    The package imports every layer and model that it has; only the kernels are asked for.
+    """
+    quick_tuning()
+    stand_in("fla", "fla.ops")
+    vars(sys.modules["fla"]).setdefault("__version__", version("flash-linear-attention").strip())
+    function = getattr(imported("fla.ops.simple_gla"), name)
+
+    def scan(x, dt, A, B, C, D, dt_bias) -> torch.Tensor:
         step = F.softplus(dt.float() + dt_bias)
-        y, _ = function(C, B, (step[..., None] * x).to(x.dtype), step * A, scale=1.0, cu_seqlens=cu_seqlens)
+        y, _ = function(C, B, (step[..., None] * x).to(x.dtype), step * A, scale=1.0)
         return (y + D[:, None] * x).to(x.dtype)
 
     return scan
@@ -240,7 +261,11 @@ def forms() -> Iterable[Form]:
             lengths=fits,
             without=("time_factor_BLH",),
         )
-    yield Form("ssd", "simple_gla", "flash-linear-attention", gla_scan)
+    gla = version("flash-linear-attention")
+    for kind in ("chunk", "fused_recurrent"):
+        build = functools.partial(gla_scan, f"{kind}_simple_gla")
+        # It takes packed sequences too, but tunes itself anew for them, for minutes.
+        yield Form("ssd", f"simple_gla{gla}, {kind}", "flash-linear-attention", build, packed=False)
     yield Form("ssd", "naive", "naive", lambda: naive_scan, packed=False)
     yield Form("causal_conv1d", "naive", "naive", lambda: naive_convolution, packed=False)
     yield Form("ssd_block", "naive", "naive", lambda: chain(naive_scan), packed=False)

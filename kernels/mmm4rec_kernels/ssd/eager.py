@@ -16,24 +16,27 @@ CHUNK = 64
 """Up to this length the quadratic form is one piece; it is also the chunk of longer sequences."""
 
 
-class _Decay(torch.autograd.Function):
-    """exp of the sums of a over (s, t], as a lower triangular matrix.
+def _between(a: torch.Tensor) -> torch.Tensor:
+    """[..., L] to [..., L, L]: the sum of a over (s, t] at (t, s), minus infinity for s > t.
 
     A plain difference of float32 cumulative sums loses all digits behind a very negative a, so the sums are taken in
-    float64 and their differences in two float32 parts; backward sums the same rectangles in float64.
+    float64 and their differences in two float32 parts.
     """
+    total = a.double().cumsum(-1)
+    high = total.to(a.dtype)
+    between = high[..., :, None] - high[..., None, :]
+    if a.dtype != torch.float64:
+        low = (total - high.double()).to(a.dtype)
+        between.add_(low[..., :, None]).sub_(low[..., None, :])
+    return between.add_(torch.full((a.shape[-1],) * 2, -torch.inf, dtype=a.dtype, device=a.device).triu_(1))
+
+
+class _Decay(torch.autograd.Function):
+    """exp of the sums of a over (s, t], as a lower triangular matrix; backward sums its rectangles in float64."""
 
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor) -> torch.Tensor:
-        total = a.double().cumsum(-1)
-        high = total.to(a.dtype)
-        between = high[..., :, None] - high[..., None, :]
-        if a.dtype != torch.float64:
-            low = (total - high.double()).to(a.dtype)
-            between += low[..., :, None] - low[..., None, :]
-        length = a.shape[-1]
-        future = torch.ones(length, length, dtype=torch.bool, device=a.device).triu_(1)
-        decay = between.masked_fill_(future, -torch.inf).exp_()
+        decay = _between(a).exp_()
         ctx.save_for_backward(decay)
         return decay
 
@@ -53,6 +56,89 @@ def decay(a: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
+class _Short(torch.autograd.Function):
+    """The quadratic form of one piece, for CPUs, with its gradients written out.
+
+    Products are taken head by head on the tensors as they lie, because one product of all heads would copy each; step
+    sizes and the skip term are put into the small matrices. Results of products come back as views [B, L, H, .] of
+    [H, B, L, .].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BLHP: torch.Tensor,
+        dt_BLH: torch.Tensor,
+        A_H: torch.Tensor,
+        B_BLGN: torch.Tensor,
+        C_BLGN: torch.Tensor,
+        D_H: torch.Tensor | None,
+        scaled_skip: bool,
+    ) -> torch.Tensor:
+        batch, length, groups = B_BLGN.shape[:3]
+        dt_HBL = dt_BLH.permute(2, 0, 1).contiguous()
+        decay_HBLL = _between(dt_HBL * A_H[:, None, None]).exp_()
+        scores_GBLL = x_BLHP.new_empty(groups, batch, length, length)
+        for g in range(groups):
+            torch.bmm(C_BLGN[:, :, g], B_BLGN[:, :, g].transpose(1, 2), out=scores_GBLL[g])
+        scaled_HBLL = decay_HBLL * dt_HBL[:, :, None]
+        matrix_HBLL = _times(scaled_HBLL, scores_GBLL)
+        if D_H is not None:
+            skip = D_H[:, None, None] * dt_HBL if scaled_skip else D_H[:, None, None]
+            matrix_HBLL.diagonal(dim1=-2, dim2=-1).add_(skip)
+        y_HBLP = x_BLHP.new_empty(x_BLHP.shape[2], batch, length, x_BLHP.shape[3])
+        for h, y in enumerate(y_HBLP):
+            torch.bmm(matrix_HBLL[h], x_BLHP[:, :, h], out=y)
+        ctx.save_for_backward(
+            x_BLHP, dt_HBL, A_H, B_BLGN, C_BLGN, D_H, decay_HBLL, scaled_HBLL, scores_GBLL, matrix_HBLL
+        )
+        ctx.scaled_skip = scaled_skip
+        return y_HBLP.permute(1, 2, 0, 3)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BLHP: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, dt_HBL, A_H, B, C, D_H, decay_HBLL, scaled_HBLL, scores_GBLL, matrix_HBLL = ctx.saved_tensors
+        batch, length, heads, width = x.shape
+        groups, state = B.shape[2:]
+        grad = grad_BLHP if grad_BLHP.stride(-1) == 1 else grad_BLHP.contiguous()
+        grad_x = x.new_empty(heads, batch, length, width)
+        grad_matrix = torch.empty_like(matrix_HBLL)
+        for h in range(heads):
+            torch.bmm(matrix_HBLL[h].transpose(1, 2), grad[:, :, h], out=grad_x[h])
+            torch.bmm(grad[:, :, h], x[:, :, h].transpose(1, 2), out=grad_matrix[h])
+        grad_D, through_skip = None, None
+        if D_H is not None:
+            diagonal = grad_matrix.diagonal(dim1=-2, dim2=-1)
+            grad_D = (diagonal * dt_HBL if ctx.scaled_skip else diagonal).sum((1, 2))
+            through_skip = diagonal * D_H[:, None, None] if ctx.scaled_skip else None
+        grad_scores = (grad_matrix * scaled_HBLL).view(groups, -1, batch, length, length).sum(1)
+        grad_B, grad_C = (x.new_empty(groups, batch, length, state) for _ in range(2))
+        for g in range(groups):
+            torch.bmm(grad_scores[g].transpose(1, 2), C[:, :, g], out=grad_B[g])
+            torch.bmm(grad_scores[g], B[:, :, g], out=grad_C[g])
+        # What is left of the matrix is its derivative by step sizes: as a factor, and as part of the decay's exponent.
+        by_factor = _times(grad_matrix, scores_GBLL).mul_(decay_HBLL)
+        grad_dt = by_factor.sum(-2)
+        by_sum = by_factor.mul_(dt_HBL[:, :, None])
+        ends = by_sum.sum(-1, dtype=torch.float64) - by_sum.sum(-2, dtype=torch.float64)
+        before = ends.cumsum(-1)
+        grad_a = (before[..., -1:] - before + ends).to(x.dtype)
+        grad_dt += grad_a * A_H[:, None, None]
+        if through_skip is not None:
+            grad_dt += through_skip
+        grad_A = (grad_a * dt_HBL).sum((1, 2))
+        grads = (t.permute(1, 2, 0, 3) for t in (grad_x, grad_B, grad_C))
+        grad_x, grad_B, grad_C = grads
+        return grad_x, grad_dt.permute(1, 2, 0), grad_A, grad_B, grad_C, grad_D, None
+
+
+def _times(t_HBLL: torch.Tensor, by_GBLL: torch.Tensor) -> torch.Tensor:
+    """Each head's matrices by those of its group."""
+    grouped = t_HBLL.view(by_GBLL.shape[0], -1, *by_GBLL.shape[1:])
+    return (grouped * by_GBLL[:, None]).view_as(t_HBLL)
+
+
 def scan(
     x_BLHP: torch.Tensor,
     dt_BLH: torch.Tensor,
@@ -66,6 +152,13 @@ def scan(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `reference.scan`; the last state is left out unless it is asked for."""
     length, heads = x_BLHP.shape[1:3]
+    if _in_one_piece(x_BLHP, B_BLGN, C_BLGN) and initial_BHPN is None and not want_final:
+        folded = D_HP is not None and D_HP.shape[1] == 1
+        D_H = D_HP[:, 0] if D_HP is not None and folded else None
+        y = _Short.apply(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, skip == "dt_x")  # type: ignore[no-untyped-call]
+        if D_HP is not None and not folded:
+            y = y + D_HP * (dt_BLH[..., None] * x_BLHP if skip == "dt_x" else x_BLHP)
+        return y, None
     B_BLHN, C_BLHN = spread_groups(B_BLGN, heads), spread_groups(C_BLGN, heads)
     step_BLHP = dt_BLH[..., None] * x_BLHP
     a_BLH = dt_BLH * A_H
@@ -76,6 +169,15 @@ def scan(
     if D_HP is not None:
         y = y + D_HP * (step_BLHP if skip == "dt_x" else x_BLHP)
     return y, final
+
+
+def _in_one_piece(*tensors: torch.Tensor) -> bool:
+    """Whether _Short takes it: short, on a CPU, rows contiguous; torch.compile fuses the other form itself."""
+    return (
+        all(t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+        and tensors[0].shape[1] <= CHUNK
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _quadratic(
