@@ -10,7 +10,7 @@ points of the grid in the same order, then the other seeds at the best point. Wh
 kept: a row a training in `rows.jsonl`, the ranks of all test users beside it; the same command goes on from there, and
 a training that was cut is done again. With `--points N` the grid is its first N points; a model that was not through
 with them has no row. `alone` times an epoch of each model at its best point with nothing else on the GPU; `page` writes
-the table and each model's best point as a settings file.
+the table, the rows behind it, and each model's best point as a settings file.
 """
 
 import argparse
@@ -450,8 +450,8 @@ def page(out: Path, before: str = "", points: int | None = None) -> str:
         "and the other seeds at its best one. Sizes, optimiser and weight decay are those of each model's published "
         f"preset. All else is the same: batches of {PLAN['batch_size']}, an epoch of {PLAN['prefixes']} random targets "
         f"a user, at most {PLAN['epochs']} epochs, patience {PLAN['patience']}, the epoch with the best validation "
-        f"{METRIC}; no pre-training. MMM4Rec is the paper's, with time streams of observed gaps; `{NO_TIME}`, where it "
-        "stands below, is the same without them.",
+        f"{METRIC}; no pre-training. MMM4Rec has the paper's sizes and time streams of observed gaps "
+        f"(`model.time = observed`); `{NO_TIME}`, where it stands below, is the same without them.",
         "",
         "Mean ± standard deviation over seeds. The difference to MMM4Rec is that of the test "
         f"{METRIC} with the 95 % interval of a paired bootstrap over users (each user's value is the mean over seeds). "
@@ -506,8 +506,9 @@ def page(out: Path, before: str = "", points: int | None = None) -> str:
         "",
         "## The command of each row",
         "",
-        "In a clone of this project; the settings files hold each model's best point. A GPU does not add in a fixed "
-        "order everywhere, so figures come back within the deviation between seeds, not digit by digit.",
+        "In a clone of this project; the settings files hold each model's best point. The command trains what the "
+        "script behind this page trains, on a CPU to the last digit; from machine to machine sums are added in another "
+        "order, so figures come back within the deviation between seeds.",
         "",
         "```",
         *([before] if before else []),
@@ -529,8 +530,10 @@ def page(out: Path, before: str = "", points: int | None = None) -> str:
 
 
 def _alone(out: Path) -> list[dict[str, Any]]:
+    """What `alone` timed; the first epochs compile and record, so fewer than four say nothing."""
     path = out / "alone.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [row for row in rows if row["epochs"] >= 4]
 
 
 def _tried(row: dict[str, Any] | None) -> str:
@@ -550,7 +553,8 @@ def settings_files(out: Path, folder: Path, points: int | None = None) -> None:
         if point is None:
             continue
         head = f"The best of {points} points on {about['domain']} by validation {METRIC} (docs/baselines.md).\n"
-        head += "Sizes, optimiser and weight decay stay those of the model's preset."
+        whose = "the paper's" if architecture(name) == "mmm4rec" else "those of the model's preset"
+        head += f"Sizes, optimiser and weight decay are {whose}."
         (folder / f"{name}.toml").write_text(settings_file(name, point, head), encoding="utf-8")
 
 
@@ -605,6 +609,8 @@ def main(words: list[str] | None = None) -> None:
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(page(args.results, args.before, args.points), encoding="utf-8")
+        kept = [json.dumps(row) for row in counted(read_rows(args.results))]
+        args.out.with_suffix(".jsonl").write_text("\n".join([*kept, ""]), encoding="utf-8")
         if args.settings is not None:
             settings_files(args.results, args.settings, args.points)
 
