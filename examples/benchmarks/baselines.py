@@ -455,8 +455,10 @@ def page(out: Path, before: str = "", points: int | None = None) -> str:
         "",
         "Mean ± standard deviation over seeds. The difference to MMM4Rec is that of the test "
         f"{METRIC} with the 95 % interval of a paired bootstrap over users (each user's value is the mean over seeds). "
-        "Seconds an epoch: the median of one training with the GPU to itself, validation included; times the epochs to "
-        f"the best one they are the seconds to it. On one {' or '.join(machines)}.",
+        "Seconds an epoch: the median of the first epochs (at least four, so recording the graphs still weighs in) of "
+        "a training with the GPU to itself, validation included; where there is none, < and what it took beside other "
+        "trainings. Times the epochs to the best one they are the seconds to it. "
+        f"On one {' or '.join(machines)}.",
         "",
         *(["Fewer than three seeds so far: nothing here is a claim.", ""] if len(seeds) < 3 else []),
         f"| {' | '.join(heads)} |",
@@ -473,7 +475,9 @@ def page(out: Path, before: str = "", points: int | None = None) -> str:
             gap = "{difference:+.4f} [{low:+.4f}, {high:+.4f}]".format(**gaps[name])
         lr, dropout, length = GRID[chosen[name]]
         cells = [name, str(len(mine)), _spread(mine, "Hit@10"), _spread(mine, METRIC), gap, f"{epochs:.0f}"]
-        cells += [f"{seconds[name]:.2f}", f"{epochs * seconds[name]:.1f}"] if name in seconds else ["–", "–"]
+        # What a training took beside others it takes at most alone.
+        each, sign = (seconds[name], "") if name in seconds else (min(r["seconds_an_epoch"] for r in mine), "< ")
+        cells += [f"{sign}{each:.2f}", f"{sign}{epochs * each:.1f}"]
         cells.append(f"{mine[0]['parameters']:,}")
         lines.append(f"| {' | '.join([*cells, f'{lr:g}, {dropout:g}, {length}'])} |")
     popular = about["popularity"]
