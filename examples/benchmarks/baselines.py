@@ -10,7 +10,7 @@ points of the grid in the same order, then the other seeds at the best point. Wh
 kept: a row a training in `rows.jsonl`, the ranks of all test users beside it; the same command goes on from there, and
 a training that was cut is done again. With `--points N` the grid is its first N points; a model that was not through
 with them has no row. `alone` times an epoch of each model at its best point with nothing else on the GPU; `page` writes
-the table and each model's best point as a settings file.
+the table, the rows behind it, and each model's best point as a settings file.
 """
 
 import argparse
@@ -450,13 +450,15 @@ def page(out: Path, before: str = "", points: int | None = None) -> str:
         "and the other seeds at its best one. Sizes, optimiser and weight decay are those of each model's published "
         f"preset. All else is the same: batches of {PLAN['batch_size']}, an epoch of {PLAN['prefixes']} random targets "
         f"a user, at most {PLAN['epochs']} epochs, patience {PLAN['patience']}, the epoch with the best validation "
-        f"{METRIC}; no pre-training. MMM4Rec is the paper's, with time streams of observed gaps; `{NO_TIME}`, where it "
-        "stands below, is the same without them.",
+        f"{METRIC}; no pre-training. MMM4Rec has the paper's sizes and time streams of observed gaps "
+        f"(`model.time = observed`); `{NO_TIME}`, where it stands below, is the same without them.",
         "",
         "Mean ± standard deviation over seeds. The difference to MMM4Rec is that of the test "
         f"{METRIC} with the 95 % interval of a paired bootstrap over users (each user's value is the mean over seeds). "
-        "Seconds an epoch: the median of one training with the GPU to itself, validation included; times the epochs to "
-        f"the best one they are the seconds to it. On one {' or '.join(machines)}.",
+        "Seconds an epoch: the median of the first epochs (at least four, so recording the graphs still weighs in) of "
+        "a training with the GPU to itself, validation included; where there is none, < and what it took beside other "
+        "trainings. Times the epochs to the best one they are the seconds to it. "
+        f"On one {' or '.join(machines)}.",
         "",
         *(["Fewer than three seeds so far: nothing here is a claim.", ""] if len(seeds) < 3 else []),
         f"| {' | '.join(heads)} |",
@@ -473,7 +475,9 @@ def page(out: Path, before: str = "", points: int | None = None) -> str:
             gap = "{difference:+.4f} [{low:+.4f}, {high:+.4f}]".format(**gaps[name])
         lr, dropout, length = GRID[chosen[name]]
         cells = [name, str(len(mine)), _spread(mine, "Hit@10"), _spread(mine, METRIC), gap, f"{epochs:.0f}"]
-        cells += [f"{seconds[name]:.2f}", f"{epochs * seconds[name]:.1f}"] if name in seconds else ["–", "–"]
+        # What a training took beside others it takes at most alone.
+        each, sign = (seconds[name], "") if name in seconds else (min(r["seconds_an_epoch"] for r in mine), "< ")
+        cells += [f"{sign}{each:.2f}", f"{sign}{epochs * each:.1f}"]
         cells.append(f"{mine[0]['parameters']:,}")
         lines.append(f"| {' | '.join([*cells, f'{lr:g}, {dropout:g}, {length}'])} |")
     popular = about["popularity"]
@@ -506,8 +510,9 @@ def page(out: Path, before: str = "", points: int | None = None) -> str:
         "",
         "## The command of each row",
         "",
-        "In a clone of this project; the settings files hold each model's best point. A GPU does not add in a fixed "
-        "order everywhere, so figures come back within the deviation between seeds, not digit by digit.",
+        "In a clone of this project; the settings files hold each model's best point. The command trains what the "
+        "script behind this page trains, on a CPU to the last digit; from machine to machine sums are added in another "
+        "order, so figures come back within the deviation between seeds.",
         "",
         "```",
         *([before] if before else []),
@@ -529,8 +534,10 @@ def page(out: Path, before: str = "", points: int | None = None) -> str:
 
 
 def _alone(out: Path) -> list[dict[str, Any]]:
+    """What `alone` timed; the first epochs compile and record, so fewer than four say nothing."""
     path = out / "alone.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [row for row in rows if row["epochs"] >= 4]
 
 
 def _tried(row: dict[str, Any] | None) -> str:
@@ -550,7 +557,8 @@ def settings_files(out: Path, folder: Path, points: int | None = None) -> None:
         if point is None:
             continue
         head = f"The best of {points} points on {about['domain']} by validation {METRIC} (docs/baselines.md).\n"
-        head += "Sizes, optimiser and weight decay stay those of the model's preset."
+        whose = "the paper's" if architecture(name) == "mmm4rec" else "those of the model's preset"
+        head += f"Sizes, optimiser and weight decay are {whose}."
         (folder / f"{name}.toml").write_text(settings_file(name, point, head), encoding="utf-8")
 
 
@@ -605,6 +613,8 @@ def main(words: list[str] | None = None) -> None:
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(page(args.results, args.before, args.points), encoding="utf-8")
+        kept = [json.dumps(row) for row in counted(read_rows(args.results))]
+        args.out.with_suffix(".jsonl").write_text("\n".join([*kept, ""]), encoding="utf-8")
         if args.settings is not None:
             settings_files(args.results, args.settings, args.points)
 
