@@ -129,7 +129,7 @@ def step_gradients(
     Of V = W M the first has rows of V[t, s] step[s] less its columns, s < t: summed backwards these are the sums over
     the rectangles t >= r > s. Where the products are about float32 they are summed in float64: what cancels may be far
     larger than what remains. Beside the rounding of TF32 or bfloat16 products float32 is enough. Sums over columns
-    cross all threads and are dear, so there is one; a diagonal is taken along the rows.
+    cross all threads and are dear, so there are few; a diagonal is taken along the rows.
     """
     o_l = tl.arange(0, BL)
     b_V = b_W * b_M
@@ -137,14 +137,14 @@ def step_gradients(
     b_before = tl.where(o_l[:, None] > o_l[None, :], b_V, 0.0)
     b_dskip = tl.sum(tl.where(m_diagonal, b_W, 0.0), 1)
     b_dstep = tl.sum(tl.where(m_diagonal, b_V, 0.0), 1)
-    if tl.float32 == KIND and PRECISION == "tf32x3":
-        b_before = b_before.to(tl.float64)
-        b_rate = b_step.to(tl.float64)
-    else:
-        b_rate = b_step
     b_columns = tl.sum(b_before, 0)
-    b_ends = tl.sum(b_before * b_rate[None, :], 1).to(tl.float64) - (b_columns * b_rate).to(tl.float64)
-    b_dstep += b_columns.to(tl.float32)
+    b_dstep += b_columns
+    b_before *= b_step[None, :]
+    if tl.float32 == KIND and PRECISION == "tf32x3":
+        b_wide = b_before.to(tl.float64)
+        b_ends = tl.sum(b_wide, 1) - tl.sum(b_wide, 0)
+    else:
+        b_ends = tl.sum(b_before, 1).to(tl.float64) - (b_columns * b_step).to(tl.float64)
     if SKIP_DT:
         b_dstep += D * b_dskip
         b_dskip *= b_step

@@ -266,6 +266,17 @@ def test_block(kind, length):
     agree(block if kind == "self" else crossing, *draws, groups=2)
 
 
+def test_block_without_gradients_takes_one_kernel_and_gives_the_same():
+    from mmm4rec_kernels.block.ops import SHORT, SHORT_FORWARD
+
+    assert SHORT < 20 <= SHORT_FORWARD
+    inputs = {k: t.to(DEVICE) for k, t in block_inputs("self", 3, 20).items()}
+    results = [block(**inputs, groups=2, backend=backend) for backend in ("triton", "reference")]
+    truth = block(**{k: t.double() for k, t in inputs.items()}, groups=2, backend="reference")
+    got, yardstick, truth = ({"y": t} for t in (*results, truth))
+    assert not disagreement(got, truth, yardstick, FLOOR)
+
+
 def test_block_with_lengths_shared_groups_and_no_factor():
     inputs = block_inputs("self", 2, 17, heads=4, width=12, groups=1, state=5)
     inputs.pop("time_factor_BLH")

@@ -47,13 +47,16 @@ WALK = 256
 
 @triton.jit
 def raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h):
-    """Step sizes of a tile before softplus."""
-    b_dt = tl.load(p_dt + o_t * dt_row, mask=m_t, other=0.0).to(tl.float32)
+    """Step sizes of a tile before softplus; dt as it was read, and its factor."""
+    b_raw = tl.load(p_dt + o_t * dt_row, mask=m_t, other=0.0).to(tl.float32)
+    b_factor = 1.0
+    b_dt = b_raw
     if p_factor is not None:
-        b_dt *= tl.load(p_factor + o_t * factor_row, mask=m_t, other=0.0).to(tl.float32)
+        b_factor = tl.load(p_factor + o_t * factor_row, mask=m_t, other=0.0).to(tl.float32)
+        b_dt *= b_factor
     if p_bias is not None:
         b_dt += tl.load(p_bias + i_h).to(tl.float32)
-    return b_dt
+    return b_dt, b_raw, b_factor
 
 
 @triton.jit
@@ -185,9 +188,8 @@ def chunk_writes(
     m_t = o_t < count
     b_x = tl.load(p_x + o_t[:, None] * ROW_X + o_p[None, :], mask=m_t[:, None] & (o_p < P)[None, :], other=0.0)
     b_B = tl.load(p_B + o_t[:, None] * ROW_B + o_n[None, :], mask=m_t[:, None] & (o_n < N)[None, :], other=0.0)
-    b_step = final_steps(
-        raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h), m_t, low, high, SOFTPLUS, LIMIT
-    )
+    b_dt, _, _ = raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h)
+    b_step = final_steps(b_dt, m_t, low, high, SOFTPLUS, LIMIT)
     b_total = tl.cumsum(b_step.to(tl.float64) * (tl.load(p_A + i_h).to(tl.float64) * LOG2E), 0)
     total = last_of(b_total, BL)
     b_factor = tl.exp2(b_total.to(tl.float32)) if SINCE else b_step * tl.exp2((total - b_total).to(tl.float32))
@@ -329,9 +331,8 @@ def scan_forward(
     m_tx = m_t[:, None] & m_p[None, :]
     m_tn = m_t[:, None] & m_n[None, :]
     A = tl.load(p_A + i_h).to(tl.float64) * LOG2E
-    b_step = final_steps(
-        raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h), m_t, low, high, SOFTPLUS, LIMIT
-    )
+    b_dt, _, _ = raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h)
+    b_step = final_steps(b_dt, m_t, low, high, SOFTPLUS, LIMIT)
     b_total = tl.cumsum(b_step.to(tl.float64) * A, 0)
     b_B = tl.load(p_B + o_t[:, None] * ROW_B + o_n[None, :], mask=m_tn, other=0.0)
     b_C = tl.load(p_C + o_t[:, None] * ROW_C + o_n[None, :], mask=m_tn, other=0.0)
@@ -465,7 +466,7 @@ def scan_backward(
     o_B = o_t[:, None] * ROW_B + o_n[None, :]
     o_C = o_t[:, None] * ROW_C + o_n[None, :]
     o_dy = o_t[:, None] * (H * P) + o_p[None, :]
-    b_dt = raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h)
+    b_dt, b_raw, b_factor = raw_steps(p_dt, p_factor, p_bias, o_t, m_t, dt_row, factor_row, i_h)
     b_step = final_steps(b_dt, m_t, low, high, SOFTPLUS, LIMIT)
     b_total = tl.cumsum(b_step.to(tl.float64) * (A.to(tl.float64) * LOG2E), 0)
     b_B = tl.load(p_B + o_B, mask=m_tn, other=0.0)
@@ -558,10 +559,9 @@ def scan_backward(
     store_sum(p_sums, b_da * b_step)
     store_sum(p_sums + H, b_dstep)
     if p_factor is not None:
-        b_raw = tl.load(p_dt + o_t * dt_row, mask=m_t, other=0.0).to(tl.float32)
         p_dfactor += row * H + i_h
         tl.store(p_dfactor + o_t * H, (b_dstep * b_raw).to(p_dfactor.dtype.element_ty), mask=m_written)
-        b_dstep *= tl.load(p_factor + o_t * factor_row, mask=m_t, other=0.0).to(tl.float32)
+        b_dstep *= b_factor
     tl.store(p_ddt + o_t * ROW_DDT, b_dstep.to(p_ddt.dtype.element_ty), mask=m_written)
 
 
