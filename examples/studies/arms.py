@@ -126,6 +126,7 @@ def _optimisation() -> Iterator[Arm]:
         "1024, 1e-3, average .99": plan(1024, 1, 1e-3, average=0.99),
         "1024, 1e-3, cosine 10": falling(1024, 1e-3, 10),
         "1024, 1e-3, cosine 20": falling(1024, 1e-3, 20),
+        "1024, 1e-3, cosine 40": falling(1024, 1e-3, 40),
         "1024, 1e-3, linear 10": falling(1024, 1e-3, 10, "linear"),
         "1024, 5e-4, cosine 10": falling(1024, 5e-4, 10),
         "1024, 2e-3, cosine 10": falling(1024, 2e-3, 10),
@@ -147,6 +148,7 @@ def _optimisation() -> Iterator[Arm]:
     small = {
         "published": plan(1024, 8, 1e-4),
         "512, 1e-3": plan(512, 1, 1e-3),
+        "512, 1e-3, average .99": plan(512, 1, 1e-3, average=0.99),
         "512, 1e-3, cosine 10": falling(512, 1e-3, 10),
         "512, 1e-3, cosine 30": falling(512, 1e-3, 30),
         "512, 3e-4, cosine 30": falling(512, 3e-4, 30),
