@@ -281,7 +281,7 @@ def page(folder: Path, out: Path) -> None:
     together = " or ".join(map(str, processes))
     lines += [
         f"{len(finished)} fine-tunings on {' and '.join(machines)}, {together} at a time on one GPU: seconds compare "
-        "within this page, a training alone is quicker; they are medians, because the first trainings of a call wait for "
+        "within this page, a training alone is quicker; they are medians, because the first of a call wait for "
         "kernels to be compiled. Mean ± standard deviation over seeds; differences with the 95 % interval of a paired "
         "bootstrap over users, of the means of the seeds that both have, and in how many of these the arm lies above "
         f"(3/5). The settings, learning curve and metrics of each row: `{out.stem}.jsonl`.",
