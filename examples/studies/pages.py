@@ -234,7 +234,7 @@ def _optimisation(results: Results, out: Path) -> list[str]:
 
 
 SHOWN = {
-    *("published", "1024 x 8, 1e-3", "1024, 1e-3", "1024, 1e-3, cosine 10", "1024, 1e-3, cosine 40, 16 a user"),
+    *("published", "1024, 1e-3", "1024, 1e-3, average .99", "1024, 1e-3, cosine 10", "1024, 1e-3, cosine 20"),
     *("512, 1e-3", "512, 1e-3, cosine 10", "512, 1e-3, cosine 30", "512, 3e-4, cosine 30"),
     *("256, 1e-3", "256, 1e-3, cosine 30", "256, 3e-4, cosine 30"),
 }
