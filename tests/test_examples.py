@@ -36,6 +36,21 @@ def test_a_settings_file_a_domain_is_the_preset_spelled_out(domain, tmp_path, mo
     assert settings.model_copy(update={"finetune": Settings().finetune}) == Settings()
 
 
+@pytest.mark.parametrize(
+    ("size", "arm"),
+    [
+        ("large", "optimisation-ml100k-1024,_1e-3,_average_.99"),
+        ("small", "optimisation-office-512,_1e-3,_cosine_30"),
+        ("tiny", "optimisation-magazine-256,_3e-4,_cosine_30"),
+    ],
+)
+def test_a_settings_file_a_size_is_a_plan_that_was_measured(size, arm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load(EXAMPLES / "settings" / "sizes" / f"{size}.toml")
+    arms = module(EXAMPLES / "studies" / "arms.py")
+    assert settings == load(overrides=arms.written(arms.ARMS[arm].sets))
+
+
 def test_own_data_runs_as_its_readme_says(tmp_path, monkeypatch, capsys):
     for name in ("sales.csv", "products.jsonl", "mmm4rec.toml"):
         shutil.copy(EXAMPLES / "own_data" / name, tmp_path)

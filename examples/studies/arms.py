@@ -126,6 +126,7 @@ def _optimisation() -> Iterator[Arm]:
         "1024, 1e-3, average .99": plan(1024, 1, 1e-3, average=0.99),
         "1024, 1e-3, cosine 10": falling(1024, 1e-3, 10),
         "1024, 1e-3, cosine 20": falling(1024, 1e-3, 20),
+        "1024, 1e-3, cosine 40": falling(1024, 1e-3, 40),
         "1024, 1e-3, linear 10": falling(1024, 1e-3, 10, "linear"),
         "1024, 5e-4, cosine 10": falling(1024, 5e-4, 10),
         "1024, 2e-3, cosine 10": falling(1024, 2e-3, 10),
@@ -147,6 +148,7 @@ def _optimisation() -> Iterator[Arm]:
     small = {
         "published": plan(1024, 8, 1e-4),
         "512, 1e-3": plan(512, 1, 1e-3),
+        "512, 1e-3, average .99": plan(512, 1, 1e-3, average=0.99),
         "512, 1e-3, cosine 10": falling(512, 1e-3, 10),
         "512, 1e-3, cosine 30": falling(512, 1e-3, 30),
         "512, 3e-4, cosine 30": falling(512, 3e-4, 30),
@@ -176,28 +178,32 @@ def _transfer() -> Iterator[Arm]:
             named = "with ID" if bias else "without ID"
             yield Arm("transfer", f"scratch, {named}", target, sets)
             yield Arm("transfer", f"pre-trained, {named}", target, sets, source, SOURCE)
-        without = {**plan, "model.item_bias": False}
-        variants: dict[str, tuple[Sets, Sets]] = {
-            "adapters alone": ({"finetune.transfer": "adapters"}, {}),
-            "blocks alone": ({"finetune.transfer": "blocks"}, {}),
-            "adapters frozen for 5 epochs": ({"finetune.frozen_epochs": 5}, {}),
-            "adapters frozen throughout": ({"finetune.frozen_epochs": 30}, {}),
-            "pre-trained with the full loss": ({}, {"pretrain.loss": "full"}),
-            "pre-trained without ID": ({}, {"model.item_bias": False}),
-            "pre-trained without ID, full loss": ({}, {"model.item_bias": False, "pretrain.loss": "full"}),
-            "pre-trained for 5 epochs": ({}, {"pretrain.epochs": 5}),
-            "pre-trained for 100 epochs": ({}, {"pretrain.epochs": 100}),
-            "two layers": ({"model.num_layers": 2}, {"model.num_layers": 2}),
-            "3e-4": ({"finetune.lr": 3e-4}, {}),
-        }
         if target != "magazine":
             for bias, named in ((True, "with ID"), (False, "without ID")):
-                sets = plan if bias else without
+                sets = plan if bias else {**plan, "model.item_bias": False}
                 yield Arm("transfer", f"three domains, {named}", target, sets, f"{source}+{WIDER}", WIDE)
-        for name, (own, theirs) in variants.items():
-            yield Arm("transfer", f"{name}, without ID", target, {**without, **own}, source, {**SOURCE, **theirs})
-        for name, own in {"two layers": {"model.num_layers": 2}, "3e-4": {"finetune.lr": 3e-4}}.items():
-            yield Arm("transfer", f"scratch, {name}, without ID", target, {**without, **own})
+    yield from _variants("industrial", "office")
+
+
+def _variants(source: str, target: str) -> Iterator[Arm]:
+    without = {**SMALL, "model.item_bias": False}
+    variants: dict[str, tuple[Sets, Sets]] = {
+        "adapters alone": ({"finetune.transfer": "adapters"}, {}),
+        "blocks alone": ({"finetune.transfer": "blocks"}, {}),
+        "adapters frozen for 5 epochs": ({"finetune.frozen_epochs": 5}, {}),
+        "adapters frozen throughout": ({"finetune.frozen_epochs": 30}, {}),
+        "pre-trained with the full loss": ({}, {"pretrain.loss": "full"}),
+        "pre-trained without ID": ({}, {"model.item_bias": False}),
+        "pre-trained without ID, full loss": ({}, {"model.item_bias": False, "pretrain.loss": "full"}),
+        "pre-trained for 5 epochs": ({}, {"pretrain.epochs": 5}),
+        "pre-trained for 100 epochs": ({}, {"pretrain.epochs": 100}),
+        "two layers": ({"model.num_layers": 2}, {"model.num_layers": 2}),
+        "3e-4": ({"finetune.lr": 3e-4}, {}),
+    }
+    for name, (own, theirs) in variants.items():
+        yield Arm("transfer", f"{name}, without ID", target, {**without, **own}, source, {**SOURCE, **theirs})
+    for name, own in {"two layers": {"model.num_layers": 2}, "3e-4": {"finetune.lr": 3e-4}}.items():
+        yield Arm("transfer", f"scratch, {name}, without ID", target, {**without, **own})
 
 
 ARMS: dict[str, Arm] = {arm.key: arm for part in (_time, _missing, _optimisation, _transfer) for arm in part()}
