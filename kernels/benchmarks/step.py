@@ -1,7 +1,7 @@
 """The training step at the published sizes: ours against the naive model, checked before it is timed.
 
     python kernels/benchmarks/step.py [--out FILE] [--cpu] [--profile] [--lengths full|scientific] [--items N ...]
-        [--streams torch|triton] [--precision tf32|fp32|bf16] [--ours] [--all-places]
+        [--streams auto|torch|triton] [--precision tf32|fp32|bf16] [--ours] [--all-places]
 
 Both train the same synthetic interactions (batch 1024, hidden 256, one layer, text and image vectors 768 wide, TF32
 products, dropout 0.4, NAdam after every micro-batch). `full`: every history fills the 20 places; `scientific`: 8,442
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="the device time of each part, beside its floor")
     parser.add_argument("--lengths", nargs="+", default=["full", "scientific"], choices=["full", "scientific"])
     parser.add_argument("--items", nargs="+", type=int, help="catalogues (4385 and 25986; with --cpu 4385)")
-    parser.add_argument("--streams", choices=["torch", "triton"], default="torch", help="backend of the time streams")
+    parser.add_argument("--streams", choices=["auto", "torch", "triton"], default="auto", help="of the time streams")
     parser.add_argument("--precision", choices=["tf32", "fp32", "bf16"], default="tf32", help="ours; naive has TF32")
     parser.add_argument("--all-places", action="store_true", help="also those of the last layer that nobody reads")
     parser.add_argument("--ours", action="store_true", help="time ours alone")

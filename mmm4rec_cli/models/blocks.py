@@ -28,7 +28,7 @@ PARTS = ("weight", "bias")
 TAILS_ON = ("cpu",)
 """Devices where the last layer's scans give the last places alone, whatever the sizes; elsewhere if a kernel does."""
 TAILS_FROM = 10
-"""On a GPU: rows a user from which on the last layer's self block of images is worth a call of its own."""
+"""On a GPU: rows a user from which on the tails' kernel costs less than all places."""
 
 
 class Linear(nn.Linear):
@@ -377,22 +377,19 @@ class CrossModalLayer(nn.Module):
         cross = self.cross_ssd
         count = cross.q_conv.weight.shape[1]
         always = image_SD.device.type in TAILS_ON
-        if not always and tail_unfit(image_SD, places.length, count, len(cross.D), cross.n_groups):
+        few = len(image_SD) < TAILS_FROM * places.users
+        if not always and (few or tail_unfit(image_SD, places.length, count, len(cross.D), cross.n_groups)):
             query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
             out_BD = cross(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S, rows=last_B)
             return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
-        if not always and len(image_SD) < TAILS_FROM * places.users:
-            query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
-            query_BJD = places.tails(query_SD, count)
-        else:
-            drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
-            w_MBHT, streams_MBHT = self.ssd.stage(streams_MBHT)
-            w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
-            projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
-            out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places)[0]
-            text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
-            out_BJD, image_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
-            query_BJD = self.image_norm(out_BJD, residual=image_BJD, **drop)
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        w_MBHT, streams_MBHT = self.ssd.stage(streams_MBHT)
+        w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
+        projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
+        out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places)[0]
+        text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
+        out_BJD, image_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
+        query_BJD = self.image_norm(out_BJD, residual=image_BJD, **drop)
         text_BD = text_SD.index_select(0, last_B)
         out_BD = cross.tail(query_BJD, text_SD, text_BD, self._joint(streams_MBHT), places, gap_S)
         return self._joined(out_BD, query_BJD[:, -1], text_BD)

@@ -99,3 +99,26 @@ def test_the_block_of_packed_sequences_compiles(capability):
         assert need.registers <= 255
         assert need.shared <= SHARED_LIMIT
         assert capability != 90 or need.spilled <= {"block_backward": 160}.get(need.kernel, 0), need.kernel
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("read", [1, 4])
+def test_the_tail_of_the_block_compiles(read, capability):
+    from mmm4rec_kernels import ahead
+    from mmm4rec_kernels.block import tail_fused
+
+    H, E, GN, users, length = 8, 512, 512, 4, 20
+    written = torch.empty(users, length, E + GN + H)
+    tensors = (torch.empty(E + GN + H), torch.empty(users, read + 3, GN), torch.empty(users, length, H))
+    parameters = (torch.empty(E + 2 * GN, 4), torch.empty(E + 2 * GN), *(torch.empty(H) for _ in range(3)))
+    arguments = (written, *tensors, *parameters, None, torch.empty(users, dtype=torch.int64), length, True)
+
+    def both():
+        tail_fused.backward(tail_fused.forward(*arguments), *arguments)
+
+    needs = ahead.needs(both, capability)
+    assert [need.kernel for need in needs] == ["tail_forward", "tail_backward", "ordered_sums"]
+    for need in needs:
+        assert need.registers <= 255
+        assert need.shared <= SHARED_LIMIT
+        assert need.spilled <= {"tail_backward": 800}.get(need.kernel, 0), need.kernel

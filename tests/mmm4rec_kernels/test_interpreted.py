@@ -36,7 +36,7 @@ class TestInterpreted:
             " or test_tail_kernel or test_windows_are or test_a_packing",
         )
         assert result.returncode == 0, result.stdout
-        assert "50 passed" in result.stdout
+        assert "47 passed" in result.stdout
 
     @pytest.mark.slow
     def test_everything_small(self):

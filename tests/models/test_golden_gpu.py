@@ -24,11 +24,11 @@ streams, with them not known yet. The gate's bias alone, one number a layer, was
 GATE = "time_gate_residual.1.bias"
 
 
-@pytest.mark.parametrize("path", ["all places", "read places", "read places, both tails"])
+@pytest.mark.parametrize("path", ["all places", "read places", "read places, tails"])
 @pytest.mark.parametrize("number_format", BOUNDS)
 @pytest.mark.parametrize("variant", golden_module.VARIANTS)
 def test_outputs_and_gradients_stay_close_to_the_published_float64(variant, number_format, path, monkeypatch):
-    if path == "read places, both tails":
+    if path == "read places, tails":
         monkeypatch.setattr(blocks, "TAILS_FROM", 0)
     allowed, allowed_gradient = BOUNDS[number_format]
     golden = golden_module.Golden(variant)

@@ -72,7 +72,7 @@ def residual_norm(
     """Layer norm of dropout(x) + residual + other.
 
     Args:
-        x: [S, D], or [n, S, D] where every group has weights of its own.
+        x: [..., D], or [n, S, D] where every group has weights of its own.
         weight: [D] or [n, D].
         bias: like weight.
         residual: added to it, shaped as x, or None.
@@ -96,10 +96,10 @@ def residual_norm(
         return torch.stack(
             [F.layer_norm(t, t.shape[-1:], w, b, eps) for t, w, b in zip(total, weight, bias, strict=True)]
         )
-    flat = [None if t is None else t.contiguous().view(-1, *t.shape[-2:]) for t in (x, residual, other)]
+    groups = 1 if weight.dim() == 1 else len(weight)
+    flat = [None if t is None else t.contiguous().view(groups, -1, t.shape[-1]) for t in (x, residual, other)]
     assert flat[0] is not None
-    groups = flat[0].shape[0]
-    weights = [w.expand(groups, -1).contiguous() if groups > 1 else w.view(1, -1) for w in (weight, bias)]
+    weights = [w.contiguous().view(groups, -1) for w in (weight, bias)]
     out, _ = ops.norm_forward(flat[0], flat[1], flat[2], *weights, seed(x, p, training), p, eps)
     result: torch.Tensor = out.view(x.shape)
     return result

@@ -5,9 +5,9 @@
 Letters: N rows (streams and users), H heads, T places, F bins, K taps; BR, BT, BF are the sides of tiles. A program
 takes BR rows, in `stage` of one head, so that a convolution over places is a product with a banded matrix that holds
 the head's taps. Everything between reading the rows and writing the results stays in registers; what backward would
-need a product to compute again is kept. Products are taken as torch takes its own, but for the Fourier transform,
-which is always about float32. Gradients of parameters are left as one line a program and added in a fixed order:
-results repeat bit for bit.
+need a product to compute again is kept. Products are about float32 whatever torch does with its own: they are small,
+and one gap in a stream is often a thousand times another. Gradients of parameters are left as one line a program and
+added in a fixed order: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from mmm4rec_kernels.launch import precision
 from mmm4rec_kernels.rows.fused import summed
 from mmm4rec_kernels.tiles import sigmoid
 
@@ -481,7 +480,7 @@ def stage(
             H=heads,
             T=places,
             K=parameters[4].shape[1],
-            PRECISION=precision(),
+            PRECISION="tf32x3",
             BR=ROWS,
             BT=_tile(places),
             num_warps=WARPS,
@@ -536,7 +535,7 @@ def stage_gradients(
             H=heads,
             T=places,
             K=taps,
-            PRECISION=precision(),
+            PRECISION="tf32x3",
             BR=ROWS,
             BT=_tile(places),
             num_warps=WARPS,
@@ -566,7 +565,7 @@ def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor)
             rows,
             T=places,
             F=bins,
-            PRECISION=precision(),
+            PRECISION="tf32x3",
             BR=ROWS,
             BT=_tile(places),
             BF=_tile(bins),
@@ -594,7 +593,7 @@ def spectral_gradients(
             rows,
             T=places,
             F=bins,
-            PRECISION=precision(),
+            PRECISION="tf32x3",
             BR=ROWS,
             BT=_tile(places),
             BF=_tile(bins),
