@@ -1,6 +1,6 @@
 """The page of measured kernel numbers, from the rows of `run`.
 
-python kernels/benchmarks/page.py [ROWS] > docs/kernels.md
+python kernels/benchmarks/page.py > docs/kernels.md
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-ROWS = Path(__file__).parent / "results" / "h200_kernels.jsonl"
+RESULTS = Path(__file__).parent / "results"
+ROWS = ("h200_kernels.jsonl", "h100_kernels.jsonl")
 FORWARD, BOTH = "forward", "forward+backward"
 OTHER_RUNS = ("h200_chunks.jsonl", "h200.jsonl", "h200_tiles.jsonl")
 """Rows of these operations from before `run` took its present form, or of kernels on the way."""
 COMMAND = "python kernels/benchmarks/run.py --out kernels/benchmarks/results/h200_kernels.jsonl"
+WHERE = ("operation", "form", "peer", "batch", "length", "packed", "products", "direction", "device")
+"""What a row is a measurement of; a later one takes the place of an earlier one."""
 OURS = "triton"
 PEERS = ("naive", "compiled", "mamba-ssm", "simple_gla", "causal-conv1d")
 """What the names of the peers' forms begin with."""
@@ -31,6 +34,11 @@ TITLES = {
 def read(path: Path) -> list[Row]:
     """All rows of a file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each measurement, where the first one stood."""
+    return list({tuple(row.get(name) for name in WHERE): row for row in rows}.values())
 
 
 def where(row: Row) -> str:
@@ -49,7 +57,7 @@ def select(rows: Iterable[Row], **wanted: Any) -> Iterator[Row]:
 
 def ratio(rows: list[Row], row: Row, field: str) -> float | None:
     """How often our time, taken in the same process, fits into that of a row."""
-    keys = ("operation", "peer", "batch", "length", "packed", "products", "direction")
+    keys = ("operation", "peer", "batch", "length", "packed", "products", "direction", "device", "commit")
     ours = next(select(rows, form=OURS, **{key: row.get(key) for key in keys}), {})
     return row[field] / ours[field] if row.get(field) and ours.get(field) else None
 
@@ -94,6 +102,7 @@ def measured(rows: list[Row], operation: str) -> Iterator[str]:
             "both ÷ floor",
             "both ÷ ours",
             "called",
+            "commit",
         )
         yield from table(head, lines)
 
@@ -101,8 +110,9 @@ def measured(rows: list[Row], operation: str) -> Iterator[str]:
 def line(rows: list[Row], form: str, products: str, found: dict[str | None, Row]) -> list[str]:
     forward, both = found.get(FORWARD, {}), found.get(BOTH, {})
     error = both.get("error") or found.get(None, {}).get("error")
+    commit = next(iter(found.values())).get("commit", "")
     if error and not forward.get("us"):
-        return [form, products, error[:120].replace("|", "/"), *[""] * 6]
+        return [form, products, error[:120].replace("|", "/"), *[""] * 6, commit]
     beside = form != OURS
     return [
         form,
@@ -111,9 +121,10 @@ def line(rows: list[Row], form: str, products: str, found: dict[str | None, Row]
         f"failed: {error[:90]}".replace("|", "/") if error else number(both.get("us")),
         number(both.get("call_us")),
         number(both.get("host_us")),
-        number(both["us"] / both["floor_us"] if both.get("us") else None, ".1f"),
+        number(both["us"] / both["floor_us"] if both.get("us") and both.get("floor_us") else None, ".1f"),
         number(ratio(rows, both, "us") if beside else None, ".1f"),
         number(ratio(rows, both, "call_us") if beside else None, ".1f"),
+        commit,
     ]
 
 
@@ -143,9 +154,9 @@ def at_most(
         own = next((row for row in found if row["peer"] == OURS and "us" in row), None)
         own = own or next((row for row in found if "us" in row), None)
         if own is None:
-            return [what, said, "–", "–", "not measured"]
-        met = "yes" if own["us"] <= bound(own) else f"no: {own['us'] / bound(own):.1f} × the goal"
-        return [what, said, f"{own['us']:.0f} µs", number(own.get("call_us")), met]
+            return [what, said, "–", "–", "not measured", ""]
+        met = "yes" if own["us"] <= bound(own) else f"no: {own['us'] / bound(own):.2f} × the goal"
+        return [what, said, f"{own['us']:.0f} µs", number(own.get("call_us")), met, own["commit"]]
 
     return judge
 
@@ -158,14 +169,14 @@ def faster(length: int, batch: int, peer: str, factor: float) -> Callable[[list[
         found = [row for row in found if row.get("call_us")]
         what = f"`ssd` {batch} × {length}, tf32, {BOTH}"
         if not found:
-            return [what, f"≥ {factor:g} × {peer}", "–", "–", "not measured"]
+            return [what, f"≥ {factor:g} × {peer}", "–", "–", "not measured", ""]
         parts, best = [], 0.0
         for field in ("us", "call_us"):
             ratios = [r for row in found if (r := ratio(rows, row, field)) is not None]
             parts.append(f"{min(ratios):.1f} ×" if ratios else "–")
             best = best or (min(ratios) if ratios else 0.0)
         met = "yes" if best >= factor else f"no: {best / factor:.2f} of the goal"
-        return [what, f"≥ {factor:g} × {peer}", parts[0], parts[1], met]
+        return [what, f"≥ {factor:g} × {peer}", parts[0], parts[1], met, found[0]["commit"]]
 
     return judge
 
@@ -205,50 +216,66 @@ def other_runs(rows: Iterable[Row]) -> Iterator[str]:
     yield from table(("operation", "form", "shape", "products", "forward", "both", "run"), lines)
 
 
-def page(rows: list[Row], others: dict[str, list[Row]]) -> str:
-    """The whole page: of the rows, and of other files' rows by the name of the file."""
-    about = {name: sorted({row[name] for row in rows}) for name in ("device", "commit", "torch", "triton")}
+def of_device(rows: list[Row], device: str) -> Iterator[str]:
+    """Everything measured on one kind of card."""
+    about = {name: sorted({row[name] for row in rows}) for name in ("torch", "triton", "commit")}
     missing = sorted({f"{row['form']}: {row['error']}" for row in rows if "batch" not in row})
     unseen = [peer for peer in PEERS if not any(row["form"].startswith(peer) for row in rows)]
     missing += [f"no rows of {', '.join(unseen)} yet"] if unseen else []
+    yield f"## {device}"
+    yield ""
+    yield ", ".join(f"{name} {' and '.join(said)}" for name, said in about.items()) + "."
+    yield ""
+    yield from (f"Not there: {said}" for said in missing)
+    yield from [""] if missing else []
+    yield "### Goals"
+    yield ""
+    head = ("what", "goal", "device", "as called", "met on the device", "commit")
+    yield from table(head, (goal(rows) for goal in GOALS))
+    for operation, title in TITLES.items():
+        yield f"### {title}"
+        yield ""
+        yield from measured(rows, operation)
+
+
+def page(rows: list[Row], others: dict[str, list[Row]]) -> str:
+    """The whole page: of the rows, and of other files' rows by the name of the file."""
+    rows = latest(rows)
     lines = [
         "# Kernels, measured",
         "",
-        f"{', '.join(about['device'])}, torch {', '.join(about['torch'])}, triton {', '.join(about['triton'])}, commit "
-        f"{', '.join(about['commit'])}. This page is made by `python kernels/benchmarks/page.py`; the rows come from",
+        "This page is made by `python kernels/benchmarks/page.py`; the rows come from",
         "",
         f"    {COMMAND}",
         "",
         "Times are medians in microseconds. *forward* and *both* (forward and backward) are device times of CUDA-graph",
         "replays; *as called* is an ordinary call of both until the device is done, *host* the part of it in which the",
-        "host is busy. *floor* is each input read once and each output written once at 4.3 TB/s. *both ÷ ours* and",
-        "*called* divide by our Triton kernels timed in the same process: below 1 the other form is faster. *tf32x3*",
-        "are three TF32 products in place of one float32 product, *tf32* one. A dash: not measured, or not recordable",
-        "as a graph. Every form was compared with the float64 recurrence on the batch that was timed, before that.",
-        "Heads 8, head dim 64, state 64, one group a head, 4 taps. The naive forms and those of torch.compile have no",
-        "packed sequences: they run padded, as 1024 × 20. mamba-ssm's block knows no time factor.",
+        "host is busy. *floor* is each input read once and each output written once at what a copy moves (4.3 TB/s on",
+        "an H200, 3.0 TB/s on an H100). *both ÷ ours* and *called* divide by our Triton kernels timed in the same",
+        "process: below 1 the other form is faster. *tf32x3* are three TF32 products in place of one float32 product,",
+        "*tf32* one. A dash: not measured, or not recordable as a graph. Every form was compared with the float64",
+        "recurrence on the batch that was timed, before that. Heads 8, head dim 64, state 64, one group a head, 4",
+        "taps. The naive forms and those of torch.compile have no packed sequences: they run padded, as 1024 × 20.",
+        "mamba-ssm's block knows no time factor. The goals were set for an H200. *commit* is the state of our kernels",
+        "that a row, and the ratio in it, was measured with.",
         "",
-        *(f"Not there: {said}" for said in missing),
-        *([""] if missing else []),
-        "## Goals",
-        "",
-        *table(
-            ("what", "goal", "device", "as called", "met on the device"),
-            (goal(rows) for goal in GOALS),
-        ),
     ]
-    for operation, title in TITLES.items():
-        lines += [f"## {title}", "", *measured(rows, operation)]
+    for device in dict.fromkeys(row["device"] for row in rows):
+        lines += of_device(list(select(rows, device=device)), device)
     for name, found in others.items():
         lines += [f"## Other runs: {name}", "", *other_runs(found)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def beside(path: Path) -> dict[str, list[Row]]:
-    """The rows of OTHER_RUNS, in the folder of a file, by their names."""
-    return {name: read(path.parent / name) for name in OTHER_RUNS if (path.parent / name).exists()}
+def measured_rows(folder: Path) -> list[Row]:
+    """The rows of every card, those of an H200 first."""
+    return [row for name in ROWS if (folder / name).exists() for row in read(folder / name)]
+
+
+def beside(folder: Path) -> dict[str, list[Row]]:
+    """The rows of OTHER_RUNS by their names."""
+    return {name: read(folder / name) for name in OTHER_RUNS if (folder / name).exists()}
 
 
 if __name__ == "__main__":
-    chosen = Path(sys.argv[1]) if len(sys.argv) > 1 else ROWS
-    sys.stdout.write(page(read(chosen), beside(chosen)))
+    sys.stdout.write(page(measured_rows(RESULTS), beside(RESULTS)))

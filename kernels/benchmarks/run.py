@@ -15,6 +15,7 @@ float64. Letters: B sequences, L places, E width, H heads, P head dim, G groups,
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -275,6 +276,7 @@ def timed(
 
 def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one peer, ours beside it."""
+    end = time.monotonic() + options.seconds
     for operation in options.operation or list(SHAPES):
         # While compiling, ours are other processes' work.
         peers = (options.peer,) if options.check_only else (options.peer, "triton")
@@ -298,6 +300,8 @@ def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for form in mine:
                     if form.name not in built or not form.lengths(shape.length) or shape.packed > form.packed:
                         continue
+                    if time.monotonic() > end:
+                        return
                     yield from _rows(options, form, built[form.name], shape, mode)
 
 
@@ -326,7 +330,7 @@ def _rows(
 def spawn(options: argparse.Namespace, peer: str, *more: str) -> str:
     """One worker, ended after --limit seconds; what it printed."""
     command = [sys.executable, __file__, "--out", str(options.out), "--peer", peer, "--truths", str(options.truths)]
-    command += ["--commit", options.commit, *more]
+    command += ["--commit", options.commit, "--seconds", str(options.seconds), *more]
     for name in ("operation", "products"):
         if f"--{name}" not in more:
             command += [part for value in getattr(options, name) or [] for part in (f"--{name}", value)]
@@ -376,6 +380,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=0, help="compile first, with so many processes at a time")
     parser.add_argument("--warm-only", action="store_true", help="and time nothing")
     parser.add_argument("--limit", type=int, default=900, help="seconds after which a peer's process is ended")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new row after so long in a peer's turn")
     parser.add_argument("--commit", help="recorded; asked of git if absent")
     parser.add_argument("--truths", type=Path, help="where the recurrence's results are kept; a new folder if absent")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -395,7 +400,10 @@ def main() -> None:
             "torch": torch.__version__,
             "triton": triton.__version__,
         }
+        torch.zeros(1, device="cuda")
         with options.out.open("a") as file:
+            if not options.check_only:
+                fcntl.flock(file, fcntl.LOCK_EX)  # one process times at a time; the next may start meanwhile
             for row in worker(options):
                 file.write(json.dumps(row | about) + "\n")
                 file.flush()

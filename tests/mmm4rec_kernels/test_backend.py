@@ -66,6 +66,7 @@ def test_the_fastest_goes_by_length_and_products(monkeypatch, length, dtype, pre
 
 def test_auto_on_a_gpu_takes_the_fastest_and_says_so_once(monkeypatch, caplog):
     tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+    monkeypatch.setattr(crossovers, "products", lambda dtype: "tf32x3")  # whatever precision is set
     monkeypatch.setattr(crossovers, "FASTEST", {"ssd": {"tf32x3": ((64, "triton"), (float("inf"), "torch"))}})
     monkeypatch.setattr(backend, "availability", lambda name: Availability(True, "here"))
     _announce.cache_clear()

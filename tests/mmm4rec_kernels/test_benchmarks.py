@@ -53,13 +53,23 @@ def test_the_plain_forms_mean_the_same(scan):
 
 @pytest.fixture(scope="module")
 def rows(page):
-    return page.read(ROOT / crossovers.SOURCE)
+    return page.measured_rows(page.RESULTS)
 
 
 def test_the_page_is_made_of_the_rows(page, rows):
-    assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == page.page(
-        rows, page.beside(ROOT / crossovers.SOURCE)
-    )
+    made = page.page(rows, page.beside(page.RESULTS))
+    assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == made
+
+
+def test_a_later_row_takes_the_place_of_an_earlier_one(page):
+    shape = {"operation": "ssd", "batch": 1024, "length": 20, "packed": False, "places": 20480, "products": "tf32"}
+    about = {"device": "D", "torch": "t", "triton": "r", "form": "triton", "peer": "triton", "direction": "forward"}
+    rows = [{**shape, **about, "commit": commit, "us": us} for commit, us in (("old", 93.0), ("new", 71.0))]
+    made = page.page(rows, {})
+    assert "| triton | tf32 | 71 |" in made
+    assert "old" not in made
+    elsewhere = {**rows[0], "device": "E"}
+    assert "| triton | tf32 | 93 |" in page.page([*rows, elsewhere], {})
 
 
 def test_auto_takes_what_was_fastest(rows):
@@ -80,6 +90,7 @@ def test_ratios_are_taken_within_one_process(page):
     rows = [
         {
             **shape,
+            "commit": "c",
             "form": form,
             "peer": peer,
             "direction": "forward+backward",
@@ -91,7 +102,7 @@ def test_ratios_are_taken_within_one_process(page):
     ]
     assert page.ratio(rows, rows[2], "us") == 5
     (line,) = [goal for goal in (judge(rows) for judge in page.GOALS) if goal[1] == "≥ 10 × naive"]
-    assert line[2:] == ["5.0 ×", "1.0 ×", "no: 0.50 of the goal"]
+    assert line[2:] == ["5.0 ×", "1.0 ×", "no: 0.50 of the goal", "c"]
 
 
 def test_rows_that_failed_are_kept_on_the_page(page):

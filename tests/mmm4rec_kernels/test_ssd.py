@@ -188,3 +188,21 @@ def test_an_absent_backend_says_why(scan_inputs):
         pytest.skip("Triton can run here")
     with pytest.raises(BackendUnavailable, match="triton' cannot run here"):
         ssd(**inputs, backend="triton")
+
+
+@pytest.mark.parametrize("skip", ["x", "dt_x"])
+@pytest.mark.parametrize("wide_skip", [False, True])
+def test_views_and_gradients_of_any_layout_on_a_cpu(scan_inputs, skip, wide_skip):
+    inputs = scan_inputs(3, 20, heads=4, groups=2, dtype=torch.float64)
+    cotangent = inputs.pop("cotangent").transpose(-1, -2).contiguous().transpose(-1, -2)
+    if wide_skip:
+        inputs["D"] = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    outcomes = []
+    for backend in ("reference", "torch"):
+        leaves = {k: t.detach().clone().requires_grad_() for k, t in inputs.items()}
+        joined = torch.cat([leaves[k].flatten(2) for k in ("x", "B", "C")], -1)
+        x, B, C = (t.unflatten(-1, (-1, 16)) for t in joined.split([64, 32, 32], -1))
+        y = ssd(**leaves | {"x": x, "B": B, "C": C}, skip=skip, backend=backend)
+        outcomes.append([y, *torch.autograd.grad(y, list(leaves.values()), cotangent)])
+    for expected, got in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, expected)
