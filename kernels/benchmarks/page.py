@@ -15,7 +15,7 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 ROWS = ("h200_kernels.jsonl", "h100_kernels.jsonl")
 FORWARD, BOTH = "forward", "forward+backward"
-OTHER_RUNS = ("h200_chunks.jsonl", "h200.jsonl", "h200_tiles.jsonl")
+OTHER_RUNS = ("h200_chunks.jsonl", "h200.jsonl", "h200_tiles.jsonl", "h100_variants.jsonl")
 """Rows of these operations from before `run` took its present form, or of kernels on the way."""
 COMMAND = "python kernels/benchmarks/run.py --out kernels/benchmarks/results/h200_kernels.jsonl"
 WHERE = ("operation", "form", "peer", "batch", "length", "packed", "products", "direction", "device")

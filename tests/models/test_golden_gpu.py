@@ -18,8 +18,8 @@ pytestmark = pytest.mark.gpu
 BOUNDS = {"fp32": (2e-6, 2e-4), "tf32": (6e-3, 8e-2), "bf16": (5e-2, 5e-1)}
 """Largest deviation of an output, and of a parameter's gradient, from the published float64 run.
 
-Two to three times what an H100 gave: fp32 7e-7 and 6e-5, TF32 2.6e-3 and 2.7e-2; bf16 1.8e-2 and 7.2e-2 without time
-streams, with them not known yet. The gate's bias alone, one number a layer, was off by more: 1.5e-1.
+What an H100 gave: fp32 7e-7 and 8e-5, TF32 2.7e-3 and 3e-2, bf16 1.8e-2 and .32; the bias of the time gate, whose
+gradient is nearly 0, is allowed five times as much (TF32 .09, bf16 .5).
 """
 GATE = "time_gate_residual.1.bias"
 
