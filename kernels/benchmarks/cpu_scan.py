@@ -1,6 +1,7 @@
 """The scan on a CPU: ours in torch beside the naive form, in turn, checked before; every row is kept.
 
-    python kernels/benchmarks/cpu_scan.py --out kernels/benchmarks/results/cpu_scan.jsonl [--threads N] [--repeats N]
+    python kernels/benchmarks/cpu_scan.py --out kernels/benchmarks/results/cpu_scan.jsonl --commit HASH \
+        [--threads N] [--repeats N]
 
 A row is one form at one shape: medians and fastest times in milliseconds, forward and backward, and forward alone.
 """
