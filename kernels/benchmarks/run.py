@@ -137,9 +137,11 @@ def first(tensors: Tensors, shape: Shape) -> tuple[Tensors, dict[str, Any], int]
 
 
 def outcome(
-    function: Callable[..., torch.Tensor], tensors: Tensors, cotangent: torch.Tensor, **options: Any
+    function: Callable[..., torch.Tensor], tensors: Tensors, cotangent: torch.Tensor | None, **options: Any
 ) -> Tensors:
-    """Output and every gradient."""
+    """Output and, with a cotangent, every gradient."""
+    if cotangent is None:
+        return {"y": function(**tensors, **options).detach()}
     leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
     y = function(**leaves, **options)
     grads = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y.dtype))

@@ -143,6 +143,11 @@ def runs(backend: str) -> bool:
 runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def by_kernel(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels can take a tensor where it lies; sizes and dtypes are each operation's own."""
+    return (tensor.is_cuda or interpreting()) and runs("triton")
+
+
 def backends() -> dict[str, dict[str, Availability]]:
     """Every operation's backends on this machine, with the reason for each: operation -> backend -> availability."""
     return {operation: {name: availability(name) for name in names} for operation, names in OPERATIONS.items()}

@@ -13,8 +13,10 @@ SIDE_BY_SIDE = 32
 
 
 @triton.jit
-def ordered_sums(p_from, p_to, count, columns, row, BR: tl.constexpr, BC: tl.constexpr):
-    """Sums of every S-th block of rows of a [count, columns] tensor: [S, columns]."""
+def ordered_sums(p_from, p_to, count, columns, row, group, BR: tl.constexpr, BC: tl.constexpr):
+    """Sums of every S-th block of rows of [n, count, columns], whose groups are `group` apart: [n, S, columns]."""
+    p_from += tl.program_id(2).to(tl.int64) * group
+    p_to += tl.program_id(2) * tl.num_programs(1) * columns
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     o_r = tl.arange(0, BR)
     b_sum = tl.zeros([BR, BC], tl.float32)
@@ -22,6 +24,20 @@ def ordered_sums(p_from, p_to, count, columns, row, BR: tl.constexpr, BC: tl.con
         mask = (o_r < count - r)[:, None] & (o_c < columns)[None, :]
         b_sum += tl.load(p_from + (r + o_r)[:, None] * row + o_c[None, :], mask=mask, other=0.0)
     tl.store(p_to + tl.program_id(1) * columns + o_c, tl.sum(b_sum, 0), mask=o_c < columns)
+
+
+def summed(sums: torch.Tensor) -> torch.Tensor:
+    """Sum of contiguous float32 [n, count, ...] over count, in one launch, for as many rows as programs leave.
+
+    Several times faster than torch where few columns are many rows.
+    """
+    groups, count = sums.shape[:2]
+    out = torch.empty(groups, *sums.shape[2:], dtype=sums.dtype, device=sums.device)
+    columns = out[0].numel()
+    ordered_sums[(triton.cdiv(columns, 16), 1, groups)](
+        sums, out, count, columns, columns, count * columns, BR=128, BC=16, num_warps=4
+    )
+    return out
 
 
 def sum_rows(rows: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,5 +56,5 @@ def sum_rows(rows: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor
 def _launch(rows: torch.Tensor, to: torch.Tensor, parts: int) -> None:
     count, columns = rows.shape
     ordered_sums[(triton.cdiv(columns, SIDE_BY_SIDE), parts)](
-        rows, to, count, columns, rows.stride(0), BR=SIDE_BY_SIDE, BC=SIDE_BY_SIDE, num_warps=4
+        rows, to, count, columns, rows.stride(0), 0, BR=SIDE_BY_SIDE, BC=SIDE_BY_SIDE, num_warps=4
     )

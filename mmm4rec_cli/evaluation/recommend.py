@@ -402,12 +402,13 @@ def load_recommender(
     if len(run.members) > 1:
         reporter.note(f"run {run.id} has {len(run.members)} seeds: {member.id} answers")
     model, moved = load_model(member, dataset, device)
-    if new_items is not None and "items.weight" in model.state_dict():
+    trained = () if new_items is None else model.state_dict()
+    if "items.weight" in trained:
         reporter.note(
             f"{run.about['model']} has a trained vector for every known item; a new item's is zero, so that its text "
             "and picture alone speak for it, if this model reads them"
         )
-    elif new_items is not None and settings.model.item_bias and run.about["model"] == "mmm4rec":
+    elif "text.item_bias" in trained:
         reporter.note("new items have no trained item bias: theirs is zero, which may place them lower")
     new = moved.new - (0 if new_items is None else len(new_items.raw_ids))
     if new or moved.gone:

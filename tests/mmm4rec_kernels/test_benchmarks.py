@@ -27,6 +27,13 @@ def page():
     return load("page")
 
 
+def test_a_form_is_checked_forward_alone_where_no_gradients_are_asked_for():
+    load("peers")
+    outcome, tensors = load("run").outcome, {"input": torch.arange(3.0)}
+    assert outcome(torch.square, tensors, None)["y"].tolist() == [0, 1, 4]
+    assert outcome(torch.square, tensors, torch.ones(3))["d_input"].tolist() == [0, 2, 4]
+
+
 @pytest.mark.parametrize("scan", ["naive_scan", "quadratic_scan"])
 def test_the_plain_forms_mean_the_same(scan):
     peers = load("peers")

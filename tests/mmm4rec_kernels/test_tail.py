@@ -136,3 +136,10 @@ def test_sizes_that_the_kernel_was_not_built_for_are_refused():
     projected = CrossProjections(xBdt, z[:, -1:], torch.zeros(2, K, Q, dtype=C.dtype))
     with pytest.raises(BackendUnavailable, match="CUDA" if not INTERPRETED else "float64"):
         ssd_block_tail(projected, torch.tensor([3, 3]), *parameters, n_groups=G, eps=1e-6, backend="triton")
+
+
+def test_a_backend_that_nobody_knows_is_refused():
+    xBdt, z, C, _, *parameters = (t.detach() for t in block_inputs([3, 3], 3))
+    projected = CrossProjections(xBdt, z[:, -1:], torch.zeros(2, K, Q, dtype=C.dtype))
+    with pytest.raises(ValueError, match="backend: expected auto, torch or triton"):
+        ssd_block_tail(projected, torch.tensor([3, 3]), *parameters, n_groups=G, eps=1e-6, backend="cuda")

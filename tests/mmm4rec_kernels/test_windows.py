@@ -18,7 +18,7 @@ FORMS = ["torch", *(["kernel"] if INTERPRETED or ON_GPU else [])]
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(windows, "_by_kernel", lambda *given: False)
+        monkeypatch.setattr(windows, "by_kernel", lambda *given: False)
     return request.param
 
 

@@ -84,7 +84,7 @@ def ssd_block_tail(
         [B, J, E]; at a place before the start of its sequence a number that means nothing.
 
     Raises:
-        ValueError: z and C do not stand for such places, or packed sequences come without a bound.
+        ValueError: z and C do not stand for such places, packed sequences come without a bound, or no such backend.
         BackendUnavailable: backend "triton" cannot run here or cannot take the call.
     """
     xBdt, z_BJE, C_BMQ = projected
@@ -98,6 +98,8 @@ def ssd_block_tail(
     reach = read + conv_weight_CK.shape[1] - 1
     arguments.shape("projected.z", z_BJE, (batch, read, width), "[B, J, E]")
     arguments.shape("projected.C", C_BMQ, (batch, reach, written - width), "[B, J + K - 1, GN]")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend: expected auto, torch or triton, got {backend!r}")
     unfit = tail_unfit(xBdt, length, read, heads, n_groups)
     if backend == "triton" and unfit:
         raise BackendUnavailable(f"ssd_block_tail: backend 'triton' cannot run: {unfit}")

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import processors, tile
-from mmm4rec_kernels.rows.fused import summed
+from mmm4rec_kernels.sums import summed
 from mmm4rec_kernels.tiles import LOG2E, exp2, sigmoid, softplus
 
 PROGRAMS = 2

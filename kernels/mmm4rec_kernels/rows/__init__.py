@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mmm4rec_kernels.backend import interpreting, runs
+from mmm4rec_kernels.backend import by_kernel, interpreting
 from mmm4rec_kernels.rows import ops
 
 __all__ = ["dropout", "hardswish_dropout", "linear", "residual_norm", "seeds_at_once", "unit_sum"]
@@ -23,7 +23,7 @@ MAX_WIDTH = 8192
 
 
 def _by_kernel(x: torch.Tensor) -> bool:
-    return (x.is_cuda or interpreting()) and x.dtype != torch.float64 and runs("triton")
+    return x.dtype != torch.float64 and by_kernel(x)
 
 
 _drawn: list[torch.Tensor] = []

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.launch import processors
+from mmm4rec_kernels.sums import summed
 
 ELEMENTS = 1024
 """Elements of a tile."""
@@ -123,20 +124,6 @@ def column_sums(p_x, p_sums, rows, columns, stride, BR: tl.constexpr, BC: tl.con
         b_x = tl.load(p_x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :], mask=mask, other=0.0)
         b_sum += tl.sum(b_x.to(tl.float32), 0)
     tl.store(p_sums + tl.program_id(0).to(tl.int64) * columns + o_c, b_sum, mask=o_c < columns)
-
-
-@triton.jit
-def ordered_sums(p_from, p_to, count, columns, BR: tl.constexpr, BC: tl.constexpr):
-    """Sums over the middle of [n, count, columns], always in the same order."""
-    i_n = tl.program_id(1)
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    o_r = tl.arange(0, BR)
-    p_from += i_n.to(tl.int64) * count * columns
-    b_sum = tl.zeros([BR, BC], tl.float32)
-    for r in range(0, count, BR):
-        mask = (o_r < count - r)[:, None] & (o_c < columns)[None, :]
-        b_sum += tl.load(p_from + (r + o_r)[:, None] * columns + o_c[None, :], mask=mask, other=0.0)
-    tl.store(p_to + i_n * columns + o_c, tl.sum(b_sum, 0), mask=o_c < columns)
 
 
 @triton.jit
@@ -300,14 +287,6 @@ def sum_rows(x: torch.Tensor) -> torch.Tensor:
     sums = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     column_sums[(programs, wide)](x, sums, rows, columns, x.stride(0), BR=height, BC=block, num_warps=4)
     return summed(sums[None]).squeeze(0)
-
-
-def summed(sums: torch.Tensor) -> torch.Tensor:
-    """[n, count, ...] summed over count, several times faster than torch does it where few columns are many rows."""
-    out = torch.empty(sums.shape[0], *sums.shape[2:], dtype=torch.float32, device=sums.device)
-    columns = out[0].numel()
-    ordered_sums[(triton.cdiv(columns, 16), len(out))](sums, out, sums.shape[1], columns, BR=128, BC=16, num_warps=4)
-    return out
 
 
 def hardswish(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:

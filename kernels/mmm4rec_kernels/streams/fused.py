@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmm4rec_kernels.rows.fused import summed
+from mmm4rec_kernels.sums import summed
 from mmm4rec_kernels.tiles import sigmoid
 
 ROWS = 64

@@ -11,16 +11,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mmm4rec_kernels.backend import interpreting, runs
+from mmm4rec_kernels.backend import by_kernel
 
 __all__ = ["Packing", "packing_of", "windows_before"]
 
 MAX_PLACES = 1024
 """Longest window that the kernels take."""
-
-
-def _by_kernel(tensor: torch.Tensor, length: int) -> bool:
-    return (tensor.is_cuda or interpreting()) and length <= MAX_PLACES and runs("triton")
 
 
 def windows_before(
@@ -46,7 +42,7 @@ def windows_before(
     Returns:
         values [B, T], lengths [B], times [B, T], the targets' values [B]; int64, zeros behind each window.
     """
-    if _by_kernel(target_B, length):
+    if length <= MAX_PLACES and by_kernel(target_B):
         from mmm4rec_kernels.windows import fused
 
         return fused.before(value_N, time_N, first_N, target_B.contiguous(), length, with_next)
@@ -79,7 +75,7 @@ class Packing(NamedTuple):
 def packing_of(length_B: torch.Tensor, length: int, rows: int) -> Packing:
     """Pack windows of `length_B` places, int64, 1 to `length`, into `rows` rows, at least as many as they have."""
     windows = len(length_B)
-    if _by_kernel(length_B, length) and windows:
+    if windows and length <= MAX_PLACES and by_kernel(length_B):
         from mmm4rec_kernels.windows import fused
 
         return Packing(*fused.packed(length_B.contiguous(), length, rows))
