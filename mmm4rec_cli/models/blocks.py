@@ -28,7 +28,7 @@ PARTS = ("weight", "bias")
 TAILS_ON = ("cpu",)
 """Devices where the last layer's scans give the last places alone, whatever the sizes; elsewhere if a kernel does."""
 TAILS_FROM = 10
-"""On a GPU: rows a user from which on the tails' kernel costs less than all places."""
+"""On a GPU: rows a user from which on the self block's last places cost less than all of them."""
 
 
 class Linear(nn.Linear):
@@ -370,18 +370,23 @@ class CrossModalLayer(nn.Module):
     ) -> Tensor:
         """New image [B, D] at each user's last place, all that a model reads of its last layer.
 
-        Nothing is computed that only other places would need, but where so few places are real that leaving them out
-        costs more, or where no kernel does it.
+        Nothing is computed that only other places would need, but in the self block where so few places are real that
+        leaving them out costs more, or where no kernel does it.
         """
         last_B = places.last_B
         cross = self.cross_ssd
         count = cross.q_conv.weight.shape[1]
         always = image_SD.device.type in TAILS_ON
-        few = len(image_SD) < TAILS_FROM * places.users
-        if not always and (few or tail_unfit(image_SD, places.length, count, len(cross.D), cross.n_groups)):
+        unfit = not always and tail_unfit(image_SD, places.length, count, len(cross.D), cross.n_groups)
+        if unfit or (not always and len(image_SD) < TAILS_FROM * places.users):
             query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
-            out_BD = cross(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S, rows=last_B)
-            return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
+            joint_BHT, text_BD = self._joint(streams_MBHT), text_SD.index_select(0, last_B)
+            if unfit:
+                out_BD = cross(query_SD, text_SD, joint_BHT, places, gap_S, rows=last_B)
+                return self._joined(out_BD, query_SD.index_select(0, last_B), text_BD)
+            query_BJD = places.tails(query_SD, count)
+            out_BD = cross.tail(query_BJD, text_SD, text_BD, joint_BHT, places, gap_S)
+            return self._joined(out_BD, query_BJD[:, -1], text_BD)
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
         w_MBHT, streams_MBHT = self.ssd.stage(streams_MBHT)
         w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
