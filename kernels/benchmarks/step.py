@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["tf32", "fp32", "bf16"], default="tf32", help="ours; naive has TF32")
     parser.add_argument("--all-places", action="store_true", help="also those of the last layer that nobody reads")
     parser.add_argument("--ours", action="store_true", help="time ours alone")
-    parser.add_argument("--unchecked", action="store_true", help="with --ours: do not compare with the naive model first")
+    parser.add_argument("--unchecked", action="store_true", help="with --ours: no comparison with the naive model")
     arguments = parser.parse_args()
     if arguments.unchecked and not arguments.ours:
         parser.error("--unchecked goes with --ours")
