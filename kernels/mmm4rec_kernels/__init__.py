@@ -13,7 +13,7 @@ from mmm4rec_kernels.backend import Availability, BackendUnavailable, backends
 from mmm4rec_kernels.block import CrossProjections, ssd_block, ssd_block_tail, tail_unfit
 from mmm4rec_kernels.conv1d import causal_conv1d
 from mmm4rec_kernels.norm import gated_rms_norm
-from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm, seeds_at_once, unit_sum
+from mmm4rec_kernels.rows import hardswish_dropout, linear, linear_and_rows, residual_norm, seeds_at_once, unit_sum
 from mmm4rec_kernels.scoring import Order, compare_counts, lookup, order_of, softmax_cross_entropy, sum_by_row
 from mmm4rec_kernels.selective import selective_scan
 from mmm4rec_kernels.side_by_side import compiled_side_by_side
@@ -37,6 +37,7 @@ __all__ = [
     "gated_rms_norm",
     "hardswish_dropout",
     "linear",
+    "linear_and_rows",
     "lookup",
     "order_of",
     "packing_of",

@@ -18,6 +18,7 @@ from mmm4rec_kernels import (
     StreamGate,
     hardswish_dropout,
     linear,
+    linear_and_rows,
     residual_norm,
     ssd_block,
     ssd_block_tail,
@@ -227,11 +228,12 @@ class SSD(StateSpace):
             torch.split(parameter, columns) for parameter in (self.in_proj.weight, self.in_proj.bias)
         )
         reach = count + self.conv.weight.shape[1] - 1
-        u_BMD = places.tails(u_SD, reach)
-        u_BJD = u_BMD[:, -count:]
         bias, apart = torch.cat([b_xB, b_dt]), _apart(u_SD)
+        xBdt_SC, u_ND = linear_and_rows(u_SD, torch.cat([w_xB, w_dt]), None if apart else bias, places.tail_rows(reach))
+        u_BMD = u_ND.view(places.users, reach, -1)
+        u_BJD = u_BMD[:, -count:]
         projected = CrossProjections(
-            xBdt=self.paced(linear(u_SD, torch.cat([w_xB, w_dt]), None if apart else bias), gap_S),
+            xBdt=self.paced(xBdt_SC, gap_S),
             z=linear(u_BJD, w_z, b_z),
             C=linear(u_BMD, w_C, b_C),
         )
@@ -269,35 +271,35 @@ class CrossSSD(StateSpace):
             z_SE = z_BE.new_zeros(q_SD.shape[0], z_BE.shape[1]).index_copy(0, rows, z_BE)
         xBdt_SC = self.paced(self.u_in_proj(u_SD), gap_S)
         projected = CrossProjections(xBdt=xBdt_SC[None], z=z_SE[None], C=self.q_in_proj(q_SD)[None])
-        return self.scan(projected, *self._convolution(), self._factor(stream_BHT), places, rows)[0]
+        return self.scan(projected, *self._convolution(), self._factor(stream_BHT), places, rows).squeeze(0)
 
     def tail(
         self,
         q_BJD: Tensor,
         u_SD: Tensor,
-        u_BD: Tensor,
         stream_BHT: Tensor | None,
         places: Places,
         gap_S: Tensor | None = None,
-    ) -> Tensor:
-        """The block's output at each user's last place, [B, D].
+    ) -> tuple[Tensor, Tensor]:
+        """The block's output at each user's last place, and the writing stream there; both [B, D].
 
         Args:
             q_BJD: the reading stream at as many last places as its convolution has taps.
             u_SD: the writing stream.
-            u_BD: the same at the last places.
             stream_BHT: the joint time stream.
             places: where the rows lie.
             gap_S: what paces the scan, if anything does.
         """
         bias, apart = self.u_in_proj.bias, _apart(u_SD)
+        xBdt_SC, u_BD = linear_and_rows(u_SD, self.u_in_proj.weight, None if apart else bias, places.last_B)
         projected = CrossProjections(
-            xBdt=self.paced(linear(u_SD, self.u_in_proj.weight, None if apart else bias), gap_S),
+            xBdt=self.paced(xBdt_SC, gap_S),
             z=self.z_in_proj(q_BJD[:, -1:] + u_BD[:, None]),
             C=self.q_in_proj(q_BJD),
         )
         added = bias if apart else None
-        return self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places, added)[:, 0]
+        out_BD = self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places, added).squeeze(1)
+        return out_BD, u_BD
 
     def _convolution(self) -> tuple[Tensor, Tensor]:
         return torch.cat([self.u_conv.weight, self.q_conv.weight]), torch.cat([self.u_conv.bias, self.q_conv.bias])
@@ -380,23 +382,21 @@ class CrossModalLayer(nn.Module):
         unfit = not always and tail_unfit(image_SD, places.length, count, len(cross.D), cross.n_groups)
         if unfit or (not always and len(image_SD) < TAILS_FROM * places.users):
             query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
-            joint_BHT, text_BD = self._joint(streams_MBHT), text_SD.index_select(0, last_B)
             if unfit:
-                out_BD = cross(query_SD, text_SD, joint_BHT, places, gap_S, rows=last_B)
-                return self._joined(out_BD, query_SD.index_select(0, last_B), text_BD)
+                out_BD = cross(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S, rows=last_B)
+                return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
             query_BJD = places.tails(query_SD, count)
-            out_BD = cross.tail(query_BJD, text_SD, text_BD, joint_BHT, places, gap_S)
+            out_BD, text_BD = cross.tail(query_BJD, text_SD, self._joint(streams_MBHT), places, gap_S)
             return self._joined(out_BD, query_BJD[:, -1], text_BD)
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
         w_MBHT, streams_MBHT = self.ssd.stage(streams_MBHT)
         w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
         projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
-        out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places)[0]
+        out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places).squeeze(0)
         text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
         out_BJD, image_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
         query_BJD = self.image_norm(out_BJD, residual=image_BJD, **drop)
-        text_BD = text_SD.index_select(0, last_B)
-        out_BD = cross.tail(query_BJD, text_SD, text_BD, self._joint(streams_MBHT), places, gap_S)
+        out_BD, text_BD = cross.tail(query_BJD, text_SD, self._joint(streams_MBHT), places, gap_S)
         return self._joined(out_BD, query_BJD[:, -1], text_BD)
 
     def _selves(

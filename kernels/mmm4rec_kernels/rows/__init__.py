@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from mmm4rec_kernels.backend import by_kernel, interpreting
 from mmm4rec_kernels.rows import ops
 
-__all__ = ["dropout", "hardswish_dropout", "linear", "residual_norm", "seeds_at_once", "unit_sum"]
+__all__ = ["dropout", "hardswish_dropout", "linear", "linear_and_rows", "residual_norm", "seeds_at_once", "unit_sum"]
 
 MAX_WIDTH = 8192
 """Widest row that the kernels take."""
@@ -122,27 +122,52 @@ def unit_sum(a: torch.Tensor, b: torch.Tensor, *, scale: float = 1.0, least: flo
 
 
 class _Linear(torch.autograd.Function):
-    """As F.linear, but for the gradient of the bias, which torch sums several times slower than the memory allows."""
+    """As F.linear, but for the gradient of the bias, which torch sums several times slower than the memory allows.
+
+    With an index also rows of x, whose gradient is added where that of the product lies: no gradient of x's size comes
+    from them alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.save_for_backward(x, weight, index)
+        return F.linear(x, weight, bias), None if index is None else x.index_select(0, index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor, d_rows: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, weight, index = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1]).contiguous()
         d_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        if d_x is not None and index is not None and d_rows is not None:
+            d_x.index_add_(0, index, d_rows)
         d_weight = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
         d_bias = ops.sum_rows(rows).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return d_x, d_weight, d_bias
+        return d_x, d_weight, d_bias, None
+
+
+def _as_torch(x: torch.Tensor) -> bool:
+    return not _by_kernel(x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """X weightᵀ + bias; [..., D] in, [..., C] out, weight [C, D], bias [C] or None."""
-    if bias is None or not _by_kernel(x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+    if bias is None or _as_torch(x):
         return F.linear(x, weight, bias)
-    result: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _Linear.apply(x, weight, bias, None)[0]  # type: ignore[no-untyped-call]
+    return result
+
+
+def linear_and_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear` of x [S, D], and the rows of x by an index [N] int64: their two gradients cost one pass.
+
+    A row that the index repeats may have a gradient other than 0 from one of its places alone.
+    """
+    if _as_torch(x):
+        return F.linear(x, weight, bias), x.index_select(0, index)
+    result: tuple[torch.Tensor, torch.Tensor] = _Linear.apply(x, weight, bias, index)  # type: ignore[no-untyped-call]
     return result
