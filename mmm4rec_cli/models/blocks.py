@@ -39,6 +39,14 @@ class Linear(nn.Linear):
         """[..., D] in, [..., C] out."""
         return linear(x, self.weight, self.bias)
 
+    def bare(self, x: Tensor) -> Tensor:
+        """The same without the bias if `shift` gives it."""
+        return linear(x, self.weight, None if _apart(x) else self.bias)
+
+    def shift(self, out: Tensor) -> Tensor | None:
+        """The bias, where what comes next adds it."""
+        return self.bias if _apart(out) else None
+
 
 class Norm(nn.LayerNorm):
     """The layer norm of a residual sum; options as of the kernels' `residual_norm`."""
@@ -57,7 +65,7 @@ class RMSGate(nn.Module):
 
 
 def _apart(x: Tensor) -> bool:
-    """Whether the tail's kernel adds the bias of the in-projection: its gradient is then a sum on the way."""
+    """Whether the kernel behind a linear layer adds its bias: the bias's gradient is then a sum on the way."""
     return x.is_cuda
 
 
@@ -101,7 +109,7 @@ class StateSpace(nn.Module):
         places: Places,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """From the in-projections of n streams to the block's output [n, S, D].
+        """From the in-projections of n streams to the block's output [n, S, D], less `out_proj.shift`.
 
         Args:
             projected: [n, S, ...], or three of one stream [1, S, ...].
@@ -138,7 +146,7 @@ class StateSpace(nn.Module):
         )
         if rows is not None:
             normed = normed.view(-1, normed.shape[-1]).index_select(0, rows)
-        out: Tensor = self.out_proj(normed)
+        out = self.out_proj.bare(normed)
         return out.view(streams, -1, out.shape[-1])
 
     def scan_tail(
@@ -162,7 +170,7 @@ class StateSpace(nn.Module):
         """
         assert places.lengths_B is not None
         packed = places.offsets is not None
-        out: Tensor = self.out_proj(
+        return self.out_proj.bare(
             ssd_block_tail(
                 projected._replace(xBdt=places.sequences(projected.xBdt[None])),
                 places.lengths_B,
@@ -181,7 +189,6 @@ class StateSpace(nn.Module):
                 bias_of_xBdt=bias,
             )
         )
-        return out
 
 
 class SSD(StateSpace):
@@ -197,13 +204,20 @@ class SSD(StateSpace):
             self.time_norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
 
     def forward(
-        self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places, gap_S: Tensor | None = None
+        self,
+        u_nSD: Tensor,
+        streams_MBHT: Tensor | None,
+        places: Places,
+        gap_S: Tensor | None = None,
+        *,
+        bare: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The block's output [n, S, D] and the next time streams."""
+        """The block's output [n, S, D], with `bare` less `out_proj.shift`, and the next time streams."""
         w_MBHT, following_MBHT = self.stage(streams_MBHT)
         projected = self.paced(self.in_proj(u_nSD), gap_S)
         out_nSD = self.scan(projected, self.conv.weight, self.conv.bias, w_MBHT, places)
-        return out_nSD, following_MBHT
+        shift = None if bare else self.out_proj.shift(out_nSD)
+        return out_nSD if shift is None else out_nSD + shift, following_MBHT
 
     def stage(self, streams_MBHT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The factor on the step sizes and the next time streams."""
@@ -219,7 +233,7 @@ class SSD(StateSpace):
     ) -> tuple[Tensor, Tensor]:
         """The block's output for one stream at the last `count` places of each user, and the stream there.
 
-        Both [B, count, D].
+        Both [B, count, D], the first less `out_proj.shift`.
         """
         inner, heads = self.norm.weight.shape[0], self.D.shape[0]
         states = (self.conv.weight.shape[0] - inner) // 2
@@ -262,7 +276,7 @@ class CrossSSD(StateSpace):
         gap_S: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """The block's output [S, D], or at some rows alone; its time stream ends here."""
+        """The block's output [S, D] less `out_proj.shift`, or at some rows alone; its time stream ends here."""
         if rows is None:
             z_SE = self.z_in_proj(q_SD + u_SD)
         else:
@@ -281,7 +295,9 @@ class CrossSSD(StateSpace):
         places: Places,
         gap_S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The block's output at each user's last place, and the writing stream there; both [B, D].
+        """The block's output at each user's last place, less `out_proj.shift`, and the writing stream there.
+
+        Both [B, D].
 
         Args:
             q_BJD: the reading stream at as many last places as its convolution has taps.
@@ -323,9 +339,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, D] in and out."""
-        inner = hardswish_dropout(self.fc1(x), p=self.dropout, training=self.training)
-        out = self.fc2(inner)
-        normed: Tensor = self.norm(out, residual=x, p=self.dropout, training=self.training)
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        inner = self.fc1.bare(x)
+        inner = hardswish_dropout(inner, shift=self.fc1.shift(inner), **drop)
+        out = self.fc2.bare(inner)
+        normed: Tensor = self.norm(out, residual=x, shift=self.fc2.shift(out), **drop)
         return normed
 
 
@@ -393,6 +411,7 @@ class CrossModalLayer(nn.Module):
         w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
         projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
         out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places).squeeze(0)
+        drop["shift"] = self.ssd.out_proj.shift(out_SD)
         text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
         out_BJD, image_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
         query_BJD = self.image_norm(out_BJD, residual=image_BJD, **drop)
@@ -404,10 +423,10 @@ class CrossModalLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Each stream through the self block and its norm, the text also through its feed-forward."""
         items_nSD = torch.stack([image_SD, text_SD])
-        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places, gap_S)
+        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places, gap_S, bare=True)
         # Both modalities' residual and norm at once, each with its own weights.
         weight, bias = (torch.stack([getattr(m, k) for m in (self.image_norm, self.text_norm)]) for k in PARTS)
-        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training, "shift": self.ssd.out_proj.shift(out_nSD)}
         eps = self.image_norm.eps
         query_SD, text_SD = residual_norm(out_nSD, weight, bias, residual=items_nSD, eps=eps, **drop)
         return query_SD, self.text_ffn(text_SD), streams_MBHT
@@ -419,7 +438,7 @@ class CrossModalLayer(nn.Module):
         return joint
 
     def _joined(self, out: Tensor, query: Tensor, text: Tensor) -> Tensor:
-        image: Tensor = self.image_ffn(
-            self.cross_norm(out, residual=query, other=text, p=self.dropout, training=self.training)
-        )
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        shift = self.cross_ssd.out_proj.shift(out)
+        image: Tensor = self.image_ffn(self.cross_norm(out, residual=query, other=text, shift=shift, **drop))
         return image

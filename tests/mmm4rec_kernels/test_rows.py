@@ -55,6 +55,23 @@ def test_residual_norm_and_its_gradients(groups, added):
             torch.testing.assert_close(leaf.grad.double(), other_leaf.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [None, 2])
+def test_a_shift_of_the_first_argument_and_its_gradient(groups):
+    x, residual, shift, weight, bias = inputs(groups)
+    shift = shift[..., 0, :].reshape(-1, 24)[0]
+    results = []
+    for function in (
+        lambda x, s: residual_norm(x, weight, bias, residual=residual, shift=s) * hardswish_dropout(3 * x, shift=s),
+        lambda x, s: residual_norm(x + s, weight, bias, residual=residual) * hardswish_dropout(3 * x + s),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (x, shift)]
+        y = function(*leaves)
+        (y * y).sum().backward()
+        results.append([y, *(t.grad for t in leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-4)
+
+
 def test_dropout_acts_on_the_first_argument_alone():
     x, residual, *_ = inputs(None, rows=400)
     ones = torch.ones(x.shape[-1], device=DEVICE)

@@ -191,6 +191,7 @@ def chosen(path: str, monkeypatch: pytest.MonkeyPatch):
     if path != "packed":
         monkeypatch.setattr(blocks, "tail_unfit", lambda *sizes: "")
         monkeypatch.setattr(blocks, "TAILS_FROM", 0 if path == "packed tails" else 1000)
+        monkeypatch.setattr(blocks, "_apart", lambda x: True)
     return packed_users
 
 

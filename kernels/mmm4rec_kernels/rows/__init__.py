@@ -65,11 +65,12 @@ def residual_norm(
     *,
     residual: torch.Tensor | None = None,
     other: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
     p: float = 0.0,
     training: bool = False,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """Layer norm of dropout(x) + residual + other.
+    """Layer norm of dropout(x + shift) + residual + other.
 
     Args:
         x: [..., D], or [n, S, D] where every group has weights of its own.
@@ -77,7 +78,8 @@ def residual_norm(
         bias: like weight.
         residual: added to it, shaped as x, or None.
         other: likewise.
-        p: probability of dropout, on x alone.
+        shift: [D], added to x, or None: the bias of a linear layer, whose gradient then costs no pass of its own.
+        p: probability of dropout, on x and shift alone.
         training: dropout is drawn.
         eps: added to the variance inside the root.
 
@@ -88,7 +90,7 @@ def residual_norm(
         x = x.float()
         residual, other = (t if t is None else t.float() for t in (residual, other))
     if not _by_kernel(x) or x.shape[-1] > MAX_WIDTH:
-        total = dropout(x, p, training)
+        total = dropout(x if shift is None else x + shift, p, training)
         for added in (residual, other):
             total = total if added is None else total + added
         if weight.dim() == 1:
@@ -100,16 +102,18 @@ def residual_norm(
     flat = [None if t is None else t.contiguous().view(groups, -1, t.shape[-1]) for t in (x, residual, other)]
     assert flat[0] is not None
     weights = [w.contiguous().view(groups, -1) for w in (weight, bias)]
-    out, _ = ops.norm_forward(flat[0], flat[1], flat[2], *weights, seed(x, p, training), p, eps)
+    out, _ = ops.norm_forward(flat[0], flat[1], flat[2], *weights, seed(x, p, training), p, eps, shift)
     result: torch.Tensor = out.view(x.shape)
     return result
 
 
-def hardswish_dropout(x: torch.Tensor, *, p: float = 0.0, training: bool = False) -> torch.Tensor:
-    """Dropout of hardswish(x) = x clip(x + 3, 0, 6) / 6, any shape."""
+def hardswish_dropout(
+    x: torch.Tensor, *, shift: torch.Tensor | None = None, p: float = 0.0, training: bool = False
+) -> torch.Tensor:
+    """Dropout of hardswish(x + shift), where hardswish(x) = x clip(x + 3, 0, 6) / 6; x [..., D], shift [D] or None."""
     if not _by_kernel(x):
-        return dropout(F.hardswish(x), p, training)
-    result: torch.Tensor = ops.hardswish_forward(x.contiguous(), seed(x, p, training), p)
+        return dropout(F.hardswish(x if shift is None else x + shift), p, training)
+    result: torch.Tensor = ops.hardswish_forward(x.contiguous(), seed(x, p, training), p, shift)
     return result
 
 
