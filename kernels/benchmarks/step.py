@@ -5,17 +5,20 @@
 
 Both train the same synthetic interactions (batch 1024, hidden 256, one layer, text and image vectors 768 wide, TF32
 products, dropout 0.4, NAdam after every micro-batch). `full`: every history fills the 20 places; `scientific`: 8,442
-users with 5 interactions or more, 59,427 in all, whose window lengths are printed. Rows: milliseconds a step, samples
-a second with data delivery included (an epoch through the trainer), peak memory.
+users with 5 interactions or more, 59,427 in all, whose window lengths are printed. Rows: milliseconds a step (of ten
+behind each other, as in training), samples a second with data delivery included (an epoch through the trainer), peak
+memory.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,17 +110,18 @@ def check(device: torch.device, items: int, sequences: Sequences, targets: torch
     return worst
 
 
-def timed(run: object, device: torch.device, repeats: int) -> float:
-    """Median milliseconds of a call."""
-    times = []
+def timed(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Milliseconds of a call: the median over `repeats` runs of several calls, one behind the other as in training."""
+    times, calls = [], 10 if device.type == "cuda" else 1
     for _ in range(repeats):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run()
+            for _ in range(calls):
+                run()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end))
+            times.append(start.elapsed_time(end) / calls)
         else:
             begin = time.perf_counter()
             run()
@@ -193,7 +197,7 @@ def time_naive(naive: NaiveMMM4Rec, sequences: Sequences, targets: torch.Tensor,
     step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    ms = timed(step, device, 20 if device.type == "cuda" else 5)
+    ms = timed(step, device, 5)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     return {"form": "naive", "batch": batch, "step_ms": ms, "samples_s": 1000 * batch / ms, "peak_gib": peak}
 
@@ -216,8 +220,8 @@ def time_ours(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     first = time.perf_counter() - begin
-    chosen = iter(groups * 2)
-    ms = timed(lambda: trainer.step(next(chosen)), device, len(groups))
+    chosen = itertools.cycle(groups)
+    ms = timed(lambda: trainer.step(next(chosen)), device, 8 if device.type == "cuda" else len(groups))
     begin, passes = time.perf_counter(), 5 if device.type == "cuda" else 1
     for epoch in range(passes):
         some = epoch_targets(sequences, task, 0, epoch)[: batch * steps]
