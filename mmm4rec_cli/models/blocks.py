@@ -243,13 +243,14 @@ class SSD(StateSpace):
         )
         reach = count + self.conv.weight.shape[1] - 1
         bias, apart = torch.cat([b_xB, b_dt]), _apart(u_SD)
-        xBdt_SC, u_ND = linear_and_rows(u_SD, torch.cat([w_xB, w_dt]), None if apart else bias, places.tail_rows(reach))
-        u_BMD = u_ND.view(places.users, reach, -1)
-        u_BJD = u_BMD[:, -count:]
+        weight = torch.cat([w_xB, w_dt])
+        xBdt_SC, u_ND = linear_and_rows(u_SD, weight, None if apart else bias, places.tail_rows(reach))
+        C_NQ, u_ID = linear_and_rows(u_ND, w_C, b_C, places.ends(reach, count))
+        u_BJD = u_ID.view(places.users, count, -1)
         projected = CrossProjections(
             xBdt=self.paced(xBdt_SC, gap_S),
             z=linear(u_BJD, w_z, b_z),
-            C=linear(u_BMD, w_C, b_C),
+            C=C_NQ.view(places.users, reach, -1),
         )
         added = bias if apart else None
         return self.scan_tail(projected, self.conv.weight, self.conv.bias, w_1BHT, places, added), u_BJD
@@ -288,16 +289,11 @@ class CrossSSD(StateSpace):
         return self.scan(projected, *self._convolution(), self._factor(stream_BHT), places, rows).squeeze(0)
 
     def tail(
-        self,
-        q_BJD: Tensor,
-        u_SD: Tensor,
-        stream_BHT: Tensor | None,
-        places: Places,
-        gap_S: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The block's output at each user's last place, less `out_proj.shift`, and the writing stream there.
+        self, q_BJD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places, gap_S: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's output at each user's last place, less `out_proj.shift`, and both streams there, q first.
 
-        Both [B, D].
+        All three [B, D].
 
         Args:
             q_BJD: the reading stream at as many last places as its convolution has taps.
@@ -306,16 +302,20 @@ class CrossSSD(StateSpace):
             places: where the rows lie.
             gap_S: what paces the scan, if anything does.
         """
+        users, count, _ = q_BJD.shape
         bias, apart = self.u_in_proj.bias, _apart(u_SD)
         xBdt_SC, u_BD = linear_and_rows(u_SD, self.u_in_proj.weight, None if apart else bias, places.last_B)
+        C_NQ, q_BD = linear_and_rows(
+            q_BJD.flatten(0, 1), self.q_in_proj.weight, self.q_in_proj.bias, places.ends(count, 1)
+        )
         projected = CrossProjections(
             xBdt=self.paced(xBdt_SC, gap_S),
-            z=self.z_in_proj(q_BJD[:, -1:] + u_BD[:, None]),
-            C=self.q_in_proj(q_BJD),
+            z=self.z_in_proj(q_BD + u_BD)[:, None],
+            C=C_NQ.view(users, count, -1),
         )
         added = bias if apart else None
         out_BD = self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places, added).squeeze(1)
-        return out_BD, u_BD
+        return out_BD, q_BD, u_BD
 
     def _convolution(self) -> tuple[Tensor, Tensor]:
         return torch.cat([self.u_conv.weight, self.q_conv.weight]), torch.cat([self.u_conv.bias, self.q_conv.bias])
@@ -404,8 +404,7 @@ class CrossModalLayer(nn.Module):
                 out_BD = cross(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S, rows=last_B)
                 return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
             query_BJD = places.tails(query_SD, count)
-            out_BD, text_BD = cross.tail(query_BJD, text_SD, self._joint(streams_MBHT), places, gap_S)
-            return self._joined(out_BD, query_BJD[:, -1], text_BD)
+            return self._joined(*cross.tail(query_BJD, text_SD, self._joint(streams_MBHT), places, gap_S))
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
         w_MBHT, streams_MBHT = self.ssd.stage(streams_MBHT)
         w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
@@ -415,8 +414,7 @@ class CrossModalLayer(nn.Module):
         text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
         out_BJD, image_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
         query_BJD = self.image_norm(out_BJD, residual=image_BJD, **drop)
-        out_BD, text_BD = cross.tail(query_BJD, text_SD, self._joint(streams_MBHT), places, gap_S)
-        return self._joined(out_BD, query_BJD[:, -1], text_BD)
+        return self._joined(*cross.tail(query_BJD, text_SD, self._joint(streams_MBHT), places, gap_S))
 
     def _selves(
         self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places, gap_S: Tensor | None
