@@ -24,10 +24,12 @@ from mmm4rec_kernels.launch import processors, tile
 from mmm4rec_kernels.sums import summed
 from mmm4rec_kernels.tiles import LOG2E, exp2, sigmoid, softplus
 
-PROGRAMS = 8
-"""Programs of backward, of all heads together, for each multiprocessor."""
 FORWARD: dict[str, int] = {"num_warps": 1, "BS": 1}
-BACKWARD: dict[str, int] = {"num_warps": 1, "BS": 1}
+BACKWARD: dict[int, dict[str, int]] = {
+    1: {"programs": 12, "num_warps": 1, "BS": 1, "maxnreg": 168},
+    8: {"programs": 8, "num_warps": 1, "BS": 1},
+}
+"""Options of a launch, backward by the most read places; programs of all heads together, for each multiprocessor."""
 
 
 @triton.jit
@@ -607,8 +609,9 @@ def backward(
     d_C = torch.empty(C.shape, dtype=C.dtype, device=C.device)
     d_factor = xBdt.new_empty(0) if factor is None else torch.zeros_like(factor, memory_format=torch.contiguous_format)
     sequences = users if ends is None else ends.numel() - 1
-    tiles = triton.cdiv(sequences, BACKWARD["BS"])
-    programs = max(1, min(tiles, processors(xBdt) * PROGRAMS // sizes["H"]))
+    options = dict(next(each for most, each in BACKWARD.items() if read <= most))
+    tiles = triton.cdiv(sequences, options["BS"])
+    programs = max(1, min(tiles, processors(xBdt) * options.pop("programs") // sizes["H"]))
     sums = torch.empty(programs, weight.numel() + bias.numel() + 3 * sizes["H"] + xBdt.shape[-1], device=xBdt.device)
     tail_backward[(sizes["H"], programs)](
         grad.contiguous(),
@@ -636,6 +639,6 @@ def backward(
         PACKED=ends is not None,
         SKIP_DT=skip_dt,
         BL=triton.next_power_of_2(longest),
-        **BACKWARD,
+        **options,
     )
     return d_xBdt, d_C, d_factor, summed(sums[None]).squeeze(0)
