@@ -3,16 +3,12 @@
 Gradients take the same way back. Results are those of the main line: the same kernels, in an order that the waits keep.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-
-@functools.cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+from mmm4rec_kernels import second
 
 
 class Aside:
@@ -30,7 +26,7 @@ class Aside:
         if device.type != "cuda":
             self.given = work()
             return
-        stream = _second_stream(torch.device("cuda", torch.cuda.current_device()))
+        stream = second.second_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.given = work()
