@@ -3,9 +3,10 @@
     python examples/benchmarks/kills.py --kills 30
     python examples/benchmarks/kills.py --kills 6 --epochs 2 --device cpu
 
-Pre-training and fine-tuning in turn, each kill by SIGKILL, SIGTERM or SIGINT at a moment drawn from the whole life of a
-process. Killed processes are started again with the same command until they end; then all weights and all rows of
-`metrics.jsonl` (seconds apart) must equal, bit for bit, those of the training that was left alone. Needs no data set.
+Pre-training and fine-tuning in turn, each kill by SIGKILL, SIGTERM or SIGINT at a moment drawn from the time between a
+process's first word and the end of a whole training. Killed processes are started again with the same command until
+they end; then all weights and rows of `metrics.jsonl` (seconds apart) must equal, bit for bit, those of the training
+that was left alone. Needs no data set.
 """
 
 import argparse
@@ -68,16 +69,23 @@ def processed(command: str, root: Path, device: str, epochs: int) -> subprocess.
     return subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def ended(process: subprocess.Popen[str]) -> str:
-    """What a process said that was left alone to end.
+def heard(process: subprocess.Popen[str]) -> str:
+    """The first line that a process says: its training begins."""
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, float]:
+    """What a process said that was left alone to end, and the seconds since its first line.
 
     Raises:
         RuntimeError: it failed.
     """
-    said, _ = process.communicate()
+    said, begin = heard(process), time.perf_counter()
+    said += process.communicate()[0]
     if process.returncode != 0:
         raise RuntimeError(said)
-    return said
+    return said, time.perf_counter() - begin
 
 
 def difference(whole: Run, again: Run) -> str:
@@ -97,9 +105,7 @@ def killed(command: str, device: str, epochs: int, kills: int, draw: random.Rand
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         ended(processed(command, root, device, epochs))  # compiles what is kept in caches
-        begin = time.perf_counter()
-        ended(processed(command, root, device, epochs))
-        life = time.perf_counter() - begin
+        _, life = ended(processed(command, root, device, epochs))
         whole = newest_run(Workspace(root), command)
         assert whole is not None
         found: dict[str, object] = {"command": command, "seconds_alone": life}
@@ -113,17 +119,18 @@ def killed(command: str, device: str, epochs: int, kills: int, draw: random.Rand
             for attempt in range(MOST_TRIES):
                 process = processed(command, root, device, epochs)
                 if done["kills"] < kills and attempt < MOST_TRIES - 1:
+                    said = heard(process)
                     try:
-                        said, _ = process.communicate(timeout=draw.uniform(0, life))
+                        process.wait(draw.uniform(0, life))
                     except subprocess.TimeoutExpired:
                         process.send_signal(draw.choice(SIGNALS))
-                        said, _ = process.communicate()
-                        done["kills"] += process.returncode != 0
+                    said += process.communicate()[0]
+                    done["kills"] += process.returncode != 0
                     done["resumed"] += "going on after epoch" in said
                     if process.returncode == 0:
                         break
                 else:
-                    done["resumed"] += "going on after epoch" in ended(process)
+                    done["resumed"] += "going on after epoch" in ended(process)[0]
                     break
             again = newest_run(Workspace(root), command)
             assert again is not None
