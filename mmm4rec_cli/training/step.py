@@ -17,7 +17,6 @@ from mmm4rec_cli.models.places import rounded_rows
 from mmm4rec_cli.world import World
 from mmm4rec_kernels import compiled_side_by_side, seeds_at_once
 
-
 _compiled: set[tuple[type, str, bool, tuple[bool, ...]]] = set()
 """Kinds of micro-batches whose kernels this process has compiled side by side."""
 
