@@ -45,6 +45,18 @@ WIDER, WIDE = "magazine+ml100k", {**SOURCE, "pretrain.prefixes": 16}
 """What is added to the source where three domains are, and how: 16 targets of a user an epoch, since films are many."""
 
 
+SAME_WORK = {
+    *(f"{part}.{name}" for part in ("finetune", "pretrain") for name in ("lr", "schedule", "epochs", "patience")),
+    *("finetune.warmup", "finetune.weight_decay", "finetune.decayed", "finetune.transfer", "finetune.frozen_epochs"),
+    *("features.missing", "model.feature_scale"),
+}
+"""Settings that leave the time of an epoch as it is, next to nothing aside."""
+
+
+KNOWN = "-known"
+"""Behind the name of a source: its training part alone, each user's last two interactions left out."""
+
+
 TARGETS = {"ml100k": (943, 96458), "industrial": (2917, 11509), "office": (2897, 11205), "magazine": (284, 1098)}
 """Users and training targets of the domains."""
 
@@ -62,6 +74,8 @@ class Arm:
     source_sets: Sets = field(default_factory=dict)
     hidden: float = 0.0
     """Share of the images that are hidden before training."""
+    users: float = 1.0
+    """Share of the users that the domain has; the items stay."""
 
     @property
     def key(self) -> str:
@@ -71,12 +85,24 @@ class Arm:
     @property
     def training(self) -> str:
         """Equal for arms that are the same training, so that tables may share rows."""
-        return json.dumps([self.domain, self.sets, self.source, self.source_sets, self.hidden], sort_keys=True)
+        return _training(vars(self))
+
+    @property
+    def work(self) -> str:
+        """Equal for arms whose epochs cost the same."""
+        sets = {name: value for name, value in self.sets.items() if name not in SAME_WORK}
+        return json.dumps([self.domain, self.users, sets], sort_keys=True)
+
+    @property
+    def source_work(self) -> str | None:
+        """The same of the epochs of pre-training."""
+        sets = {name: value for name, value in self.source_sets.items() if name not in SAME_WORK}
+        return None if self.source is None else json.dumps([self.source, sets], sort_keys=True)
 
     @property
     def steps_an_epoch(self) -> int:
         """Optimiser steps of an epoch of fine-tuning."""
-        users, targets = TARGETS[self.domain]
+        users, targets = (round(self.users * n) for n in TARGETS[self.domain])
         targets = min(targets, users * self.sets.get("finetune.prefixes", targets))
         return ceil(targets / (self.sets["finetune.batch_size"] * self.sets["finetune.accumulation"]))
 
@@ -172,17 +198,28 @@ def _optimisation() -> Iterator[Arm]:
 def _transfer() -> Iterator[Arm]:
     for source, target in (("industrial", "office"), ("office", "industrial"), ("industrial", "magazine")):
         plan = TINY if target == "magazine" else SMALL
-        for bias in (True, False):
-            # The bias is on unless it is said otherwise, so that the first arm is the training of other tables.
-            sets = plan if bias else {**plan, "model.item_bias": False}
-            named = "with ID" if bias else "without ID"
-            yield Arm("transfer", f"scratch, {named}", target, sets)
-            yield Arm("transfer", f"pre-trained, {named}", target, sets, source, SOURCE)
-        if target != "magazine":
-            for bias, named in ((True, "with ID"), (False, "without ID")):
-                sets = plan if bias else {**plan, "model.item_bias": False}
-                yield Arm("transfer", f"three domains, {named}", target, sets, f"{source}+{WIDER}", WIDE)
+        for named, bias in BIAS.items():
+            yield Arm("transfer", f"scratch, {named}", target, {**plan, **bias})
+            yield Arm("transfer", f"pre-trained, {named}", target, {**plan, **bias}, source, SOURCE)
+        if target == "magazine":
+            continue
+        for named, bias in BIAS.items():
+            yield Arm("transfer", f"three domains, {named}", target, {**plan, **bias}, f"{source}+{WIDER}", WIDE)
+        short = {"finetune.epochs": 3, "finetune.patience": 3}
+        yield from _pairs(source, target, "3 epochs", {**plan, **short}, BIAS)
     yield from _variants("industrial", "office")
+    for share, said in ((0.3, "three tenths of the users"), (0.1, "a tenth of the users")):
+        yield from _pairs("industrial", "office", said, TINY, BIAS, users=share)
+
+
+BIAS: dict[str, Sets] = {"with ID": {}, "without ID": {"model.item_bias": False}}
+"""The bias is on unless it is said otherwise, so that the first of `_transfer` is the training of other tables."""
+
+
+def _pairs(source: str, target: str, said: str, plan: Sets, named: dict[str, Sets], **more: Any) -> Iterator[Arm]:
+    for name, bias in named.items():
+        yield Arm("transfer", f"scratch, {said}, {name}", target, {**plan, **bias}, **more)
+        yield Arm("transfer", f"pre-trained, {said}, {name}", target, {**plan, **bias}, source, SOURCE, **more)
 
 
 def _variants(source: str, target: str) -> Iterator[Arm]:
@@ -204,6 +241,10 @@ def _variants(source: str, target: str) -> Iterator[Arm]:
         yield Arm("transfer", f"{name}, without ID", target, {**without, **own}, source, {**SOURCE, **theirs})
     for name, own in {"two layers": {"model.num_layers": 2}, "3e-4": {"finetune.lr": 3e-4}}.items():
         yield Arm("transfer", f"scratch, {name}, without ID", target, {**without, **own})
+    yield from _pairs(source, target, "3e-4", {**SMALL, "finetune.lr": 3e-4}, {"with ID": {}})
+    for named, bias in BIAS.items():
+        known = f"{source}+{target}{KNOWN}"
+        yield Arm("transfer", f"own history too, {named}", target, {**SMALL, **bias}, known, SOURCE)
 
 
 ARMS: dict[str, Arm] = {arm.key: arm for part in (_time, _missing, _optimisation, _transfer) for arm in part()}
@@ -211,4 +252,9 @@ ARMS: dict[str, Arm] = {arm.key: arm for part in (_time, _missing, _optimisation
 
 def training_of(row: dict[str, Any]) -> str:
     """`Arm.training` of a row."""
-    return json.dumps([row[name] for name in ("domain", "sets", "source", "source_sets", "hidden")], sort_keys=True)
+    return _training({"users": 1.0, **row})
+
+
+def _training(of: dict[str, Any]) -> str:
+    names = ("domain", "sets", "source", "source_sets", "hidden", "users")
+    return json.dumps([of[name] for name in names], sort_keys=True)

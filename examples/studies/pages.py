@@ -4,12 +4,12 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from arms import ARMS, Arm, Sets, training_of, written
+from arms import ARMS, KNOWN, Arm, Sets, training_of, written
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class Results:
         self.folder = folder
         self.rows: dict[str, dict[int, Row]] = defaultdict(dict)
         self.raw = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+        self.paces = {row["pace"]: row["seconds"] for row in self.raw if "pace" in row}
         for row in self.raw:
             if "curve" in row:
                 self.rows[training_of(row)][row["seed"]] = row
@@ -35,6 +36,11 @@ class Results:
     def of(self, arm: Arm) -> list[Row]:
         """Rows in the order of the seeds."""
         return [row for _, row in sorted(self.rows[arm.training].items())]
+
+    def seconds(self, arm: Arm, epochs: float) -> str:
+        """Of so many epochs of a training that has the device for itself."""
+        pace = self.paces.get(arm.work)
+        return "–" if pace is None else f"{epochs * pace:.1f}"
 
     def ranks(self, arm: Arm, seeds: Iterable[int], kind: str) -> list[Tensor]:
         """One tensor a seed."""
@@ -84,7 +90,7 @@ def table(results: Results, arms: Sequence[Arm], reference: Callable[[Arm], Arm]
             f"| {arm.name} | {len(rows)} | {spread([r['valid'][METRIC] for r in rows])} | "
             f"{spread([r['test']['Hit@10'] for r in rows])} | {spread([r['test'][METRIC] for r in rows])} | "
             f"{' | '.join(gaps)} | {mean(r['best_epoch'] for r in rows):.0f} | "
-            f"{median(r['seconds_to_best'] for r in rows):.1f} |"
+            f"{results.seconds(arm, mean(r['best_epoch'] for r in rows))} |"
         )
     missing = [arm.name for arm in arms if not results.of(arm)]
     if missing:
@@ -107,13 +113,12 @@ def reaching(results: Results, arms: Iterable[Arm], first: Arm, share: float) ->
     for arm in arms:
         reached = []
         for row in results.of(arm):
-            at = next((i for i, value in enumerate(row["curve"][METRIC]) if value >= level), None)
-            if at is not None:
-                reached.append((at + 1, sum(row["seconds_curve"][: at + 1])))
+            at = next((i for i, value in enumerate(row["curve"][METRIC], 1) if value >= level), None)
+            reached += [] if at is None else [at]
         said = "– | – | –"
         if reached:
-            epochs = mean(e for e, _ in reached)
-            said = f"{epochs:.1f} | {epochs * arm.steps_an_epoch:.0f} | {median(s for _, s in reached):.1f}"
+            epochs = mean(reached)
+            said = f"{epochs:.1f} | {epochs * arm.steps_an_epoch:.0f} | {results.seconds(arm, epochs)}"
         if results.of(arm):
             lines.append(f"| {arm.name} | {len(reached)} of {len(results.of(arm))} | {said} |")
     return [*lines, ""]
@@ -135,7 +140,11 @@ def commands(results: Results, arms: Sequence[Arm]) -> list[str]:
     for arm in arms:
         rows = results.of(arm)
         more = rows[0].get("more", ()) if rows else ()
-        lines.append(f"# {arm.name}{f', {arm.hidden:.0%} of the images hidden by the runner' if arm.hidden else ''}")
+        remarks = [f"{arm.hidden:.0%} of the images hidden by the runner"] if arm.hidden else []
+        remarks += [f"{1 - arm.users:.0%} of the users left out by the runner"] if arm.users < 1 else []
+        source = arm.source or ""
+        remarks += [f"{source.split('+')[-1]}: its training part, cut by the runner"] if source.endswith(KNOWN) else []
+        lines.append(f"# {', '.join([arm.name, *remarks])}")
         if arm.source is not None:
             domains = " ".join(f"--domain {one}" for one in arm.source.split("+"))
             lines.append(typed(f"mmm4rec pretrain {domains}", "SOURCE", arm.source_sets, more))
@@ -248,20 +257,36 @@ def _transfer(results: Results, out: Path) -> list[str]:
         named = {arm.name: arm for arm in arms}
 
         def scratch(arm: Arm, named: dict[str, Arm] = named) -> Arm:
-            own = f"scratch, {arm.name.split(', ')[0]}, without ID"
-            if own in named:
-                return named[own]
-            return named["scratch, with ID" if arm.name.endswith("with ID") else "scratch, without ID"]
+            """From scratch in the same way; a plan from scratch is compared with the first."""
+            if arm.users < 1 and arm.source is None:
+                return arm
+            first, rest = arm.name.split(", ", 1)
+            bias = rest.split(", ")[-1]
+            names = (f"scratch, {arm.name}", f"scratch, {rest}" if first != "scratch" else "", f"scratch, {bias}")
+            return next(named[name] for name in names if name in named)
 
         source = next(arm.source for arm in arms if arm.source)
         main = [arm for arm in arms if arm.name.startswith(("scratch, with", "pre-trained, with"))]
-        lines += [f"### {source} → {domain}", ""]
-        lines += table(results, arms, scratch, "scratch")
+        three = [arm for arm in arms if arm.name.startswith("three domains")]
+        short = [arm for arm in arms if ", 3 epochs, " in arm.name]
+        fewer = [arm for arm in arms if arm.users < 1]
+        rest = [arm for arm in arms if arm not in (*main, *three, *short, *fewer)]
+        lines += [f"### {source} → {domain}", "", *table(results, [*main, *three], scratch, "scratch")]
         for kind in ("with ID", "without ID"):
             lines += reaching(
                 results, [a for a in main if a.name.endswith(f", {kind}")], named[f"scratch, {kind}"], 0.95
             )
         lines += [curves(results, main, f"{source} → {domain}", out.with_name(f"{out.stem}-{domain}.svg")), ""]
+        for said, group in (
+            ("Three epochs and no more, the rate falling to their end:", short),
+            (
+                "Fewer users in the target, drawn once by the runner, all its items, the plan of the tiny domain:",
+                fewer,
+            ),
+            ("What else could help:", rest),
+        ):
+            if group:
+                lines += [said, "", *table(results, group, scratch, "scratch")]
         lines += commands(results, arms)
     return lines
 
@@ -275,16 +300,11 @@ def page(folder: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     finished = [row for rows in results.rows.values() for row in rows.values()]
     machines = sorted({f"{row['device'].replace('x86_64', 'a CPU')}, torch {row['torch']}" for row in finished})
-    processes = sorted({row["processes"] for row in finished})
     start, *texts = FINDINGS.read_text(encoding="utf-8").split("\n## ")
     lines = ["# Measurements", "", start.strip(), ""]
-    together = " or ".join(map(str, processes))
     lines += [
-        f"{len(finished)} fine-tunings on {' and '.join(machines)}, {together} at a time on one GPU: seconds compare "
-        "within this page, a training alone is quicker; they are medians, because the first of a call wait for "
-        "kernels to be compiled. Mean ± standard deviation over seeds; differences with the 95 % interval of a paired "
-        "bootstrap over users, of the means of the seeds that both have, and in how many of these the arm lies above "
-        f"(3/5). The settings, learning curve and metrics of each row: `{out.stem}.jsonl`.",
+        f"{len(finished)} fine-tunings on {' and '.join(machines)}. The settings, learning curve and metrics of each "
+        f"row: `{out.stem}.jsonl`.",
         "",
     ]
     for text, section in zip(texts, SECTIONS, strict=True):
