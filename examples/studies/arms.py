@@ -150,6 +150,8 @@ def _optimisation() -> Iterator[Arm]:
         "1024 x 8, 1e-3": plan(1024, 8, 1e-3),
         "1024, 1e-3": plan(1024, 1, 1e-3),
         "1024, 1e-3, average .99": plan(1024, 1, 1e-3, average=0.99),
+        "1024, 1e-3, average .99, decay 5e-4": plan(1024, 1, 1e-3, average=0.99, weight_decay=5e-4),
+        "1024, 5e-4, average .99": plan(1024, 1, 5e-4, average=0.99),
         "1024, 1e-3, cosine 10": falling(1024, 1e-3, 10),
         "1024, 1e-3, cosine 20": falling(1024, 1e-3, 20),
         "1024, 1e-3, cosine 40": falling(1024, 1e-3, 40),
@@ -178,6 +180,9 @@ def _optimisation() -> Iterator[Arm]:
         "512, 1e-3, cosine 10": falling(512, 1e-3, 10),
         "512, 1e-3, cosine 30": falling(512, 1e-3, 30),
         "512, 3e-4, cosine 30": falling(512, 3e-4, 30),
+        "512, 3e-4, average .99": plan(512, 1, 3e-4, average=0.99),
+        "512, 1e-4, cosine 30": falling(512, 1e-4, 30),
+        "256, 3e-4, cosine 30": falling(256, 3e-4, 30),
         "256, 1e-3, cosine 10": falling(256, 1e-3, 10),
         "1024, 1e-3, cosine 30": falling(1024, 1e-3, 30),
         "512, 1e-3, cosine 30, no decay": falling(512, 1e-3, 30, weight_decay=0),
@@ -187,6 +192,7 @@ def _optimisation() -> Iterator[Arm]:
         "256, 1e-3": plan(256, 1, 1e-3),
         "256, 1e-3, cosine 30": falling(256, 1e-3, 30),
         "256, 3e-4, cosine 30": falling(256, 3e-4, 30),
+        "256, 1e-4, cosine 30": falling(256, 1e-4, 30),
         "64, 1e-3, cosine 30": falling(64, 1e-3, 30),
         "64, 3e-4, cosine 30": falling(64, 3e-4, 30),
     }
@@ -206,20 +212,21 @@ def _transfer() -> Iterator[Arm]:
         for named, bias in BIAS.items():
             yield Arm("transfer", f"three domains, {named}", target, {**plan, **bias}, f"{source}+{WIDER}", WIDE)
         short = {"finetune.epochs": 3, "finetune.patience": 3}
-        yield from _pairs(source, target, "3 epochs", {**plan, **short}, BIAS)
+        yield from _pairs(source, target, "3e-4", {**plan, "finetune.lr": 3e-4})
+        yield from _pairs(source, target, "3 epochs", {**plan, **short})
     yield from _variants("industrial", "office")
     for share, said in ((0.3, "three tenths of the users"), (0.1, "a tenth of the users")):
-        yield from _pairs("industrial", "office", said, TINY, BIAS, users=share)
+        yield from _pairs("industrial", "office", said, TINY, users=share)
 
 
 BIAS: dict[str, Sets] = {"with ID": {}, "without ID": {"model.item_bias": False}}
 """The bias is on unless it is said otherwise, so that the first of `_transfer` is the training of other tables."""
 
 
-def _pairs(source: str, target: str, said: str, plan: Sets, named: dict[str, Sets], **more: Any) -> Iterator[Arm]:
-    for name, bias in named.items():
-        yield Arm("transfer", f"scratch, {said}, {name}", target, {**plan, **bias}, **more)
-        yield Arm("transfer", f"pre-trained, {said}, {name}", target, {**plan, **bias}, source, SOURCE, **more)
+def _pairs(source: str, target: str, said: str, plan: Sets, users: float = 1.0) -> Iterator[Arm]:
+    for name, bias in BIAS.items():
+        yield Arm("transfer", f"scratch, {said}, {name}", target, {**plan, **bias}, users=users)
+        yield Arm("transfer", f"pre-trained, {said}, {name}", target, {**plan, **bias}, source, SOURCE, users=users)
 
 
 def _variants(source: str, target: str) -> Iterator[Arm]:
@@ -235,13 +242,10 @@ def _variants(source: str, target: str) -> Iterator[Arm]:
         "pre-trained for 5 epochs": ({}, {"pretrain.epochs": 5}),
         "pre-trained for 100 epochs": ({}, {"pretrain.epochs": 100}),
         "two layers": ({"model.num_layers": 2}, {"model.num_layers": 2}),
-        "3e-4": ({"finetune.lr": 3e-4}, {}),
     }
     for name, (own, theirs) in variants.items():
         yield Arm("transfer", f"{name}, without ID", target, {**without, **own}, source, {**SOURCE, **theirs})
-    for name, own in {"two layers": {"model.num_layers": 2}, "3e-4": {"finetune.lr": 3e-4}}.items():
-        yield Arm("transfer", f"scratch, {name}, without ID", target, {**without, **own})
-    yield from _pairs(source, target, "3e-4", {**SMALL, "finetune.lr": 3e-4}, {"with ID": {}})
+    yield Arm("transfer", "scratch, two layers, without ID", target, {**without, "model.num_layers": 2})
     for named, bias in BIAS.items():
         known = f"{source}+{target}{KNOWN}"
         yield Arm("transfer", f"own history too, {named}", target, {**SMALL, **bias}, known, SOURCE)

@@ -257,20 +257,18 @@ def _transfer(results: Results, out: Path) -> list[str]:
         named = {arm.name: arm for arm in arms}
 
         def scratch(arm: Arm, named: dict[str, Arm] = named) -> Arm:
-            """From scratch in the same way; a plan from scratch is compared with the first."""
-            if arm.users < 1 and arm.source is None:
-                return arm
-            first, rest = arm.name.split(", ", 1)
-            bias = rest.split(", ")[-1]
-            names = (f"scratch, {arm.name}", f"scratch, {rest}" if first != "scratch" else "", f"scratch, {bias}")
+            """From scratch in the same way."""
+            rest = arm.name.split(", ", 1)[1]
+            names = (f"scratch, {arm.name}", f"scratch, {rest}", f"scratch, {rest.split(', ')[-1]}")
             return next(named[name] for name in names if name in named)
 
         source = next(arm.source for arm in arms if arm.source)
         main = [arm for arm in arms if arm.name.startswith(("scratch, with", "pre-trained, with"))]
         three = [arm for arm in arms if arm.name.startswith("three domains")]
+        slow = [arm for arm in arms if ", 3e-4, " in arm.name]
         short = [arm for arm in arms if ", 3 epochs, " in arm.name]
         fewer = [arm for arm in arms if arm.users < 1]
-        rest = [arm for arm in arms if arm not in (*main, *three, *short, *fewer)]
+        rest = [arm for arm in arms if arm not in (*main, *three, *slow, *short, *fewer)]
         lines += [f"### {source} → {domain}", "", *table(results, [*main, *three], scratch, "scratch")]
         for kind in ("with ID", "without ID"):
             lines += reaching(
@@ -278,6 +276,7 @@ def _transfer(results: Results, out: Path) -> list[str]:
             )
         lines += [curves(results, main, f"{source} → {domain}", out.with_name(f"{out.stem}-{domain}.svg")), ""]
         for said, group in (
+            ("At 3e-4:", slow),
             ("Three epochs and no more, the rate falling to their end:", short),
             (
                 "Fewer users in the target, drawn once by the runner, all its items, the plan of the tiny domain:",

@@ -7,7 +7,7 @@
 Inputs are those of `examples/benchmarks/baselines.py prepare`. Every training is a `mmm4rec finetune` (after a
 `mmm4rec pretrain`) through the same functions; several share a GPU. What has a row in `rows.jsonl` is not trained
 again. Trainings that share a GPU wait for each other, so `pace` times an epoch of each kind of training alone. Arms are
-named by the beginning of their key (* stands for anything), with the seeds behind a colon; they begin in the order that
+named by their key or its beginning (* stands for anything), with the seeds behind a colon; they begin in the order that
 is given.
 """
 
@@ -240,7 +240,7 @@ def jobs_of(words: list[str]) -> list[Job]:
     jobs: dict[Job, None] = {}
     for word in words:
         beginning, _, seeds = word.partition(":")
-        mine = [key for key in ARMS if fnmatchcase(key, beginning + "*")]
+        mine = [beginning] if beginning in ARMS else [key for key in ARMS if fnmatchcase(key, beginning + "*")]
         if not mine:
             raise SystemExit(f"no arm begins with {beginning}: {', '.join(ARMS)}")
         jobs |= {Job(key, int(seed)): None for seed in (seeds or "1").split(",") for key in mine}
