@@ -215,6 +215,22 @@ def test_a_study_cuts_a_source_to_what_training_may_see_and_a_target_to_some_use
     assert all(h in histories for h in kept)
 
 
+def test_the_interval_of_a_difference_holds_users_and_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "studies")
+    pages = module(EXAMPLES / "studies" / "pages.py")
+    found, missed = torch.zeros(200).double(), torch.full((200,), 50.0).double()
+    seeds_alone = pages.interval([found, missed], [missed, missed])
+    assert seeds_alone["difference"] == 0.5
+    assert seeds_alone["low"] == pytest.approx(0.5 - 0.5 * 2**0.5)
+    assert seeds_alone["high"] == pytest.approx(0.5 + 0.5 * 2**0.5)
+    half = torch.where(torch.arange(200) % 2 == 0, found, missed)
+    users_alone = pages.interval([half], [missed])
+    deviation = (0.25 / 200) ** 0.5
+    for side, sign in (("low", -1), ("high", 1)):
+        assert users_alone[side] == pytest.approx(0.5 + sign * 1.96 * deviation, abs=0.01)
+    assert pages.interval([half, half], [missed, missed]) == pytest.approx(users_alone)
+
+
 def test_the_published_time_branch_has_next_to_no_gradient(workspace, make_domain, tmp_path, capsys):
     make_domain()
     module(EXAMPLES / "benchmarks" / "baselines.py").prepare(workspace, "ring", "test", tmp_path / "ring.npz")
