@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from arms import ARMS, KNOWN, Arm, Sets, training_of, written
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
@@ -218,7 +219,8 @@ def curves(results: Results, panels: dict[str, Sequence[Arm]], title: str, path:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": title}):  # the same rows are the same file
+        figure.savefig(path, format="svg", metadata={"Date": None})
     return f"![{title}]({path.name})"
 
 
@@ -315,7 +317,9 @@ def _transfer(results: Results, out: Path) -> list[str]:
             )
         title = f"{source} → {domain}"
         panels = {title: main, f"{title}, 3e-4": slow, f"{title}, a tenth of the users": fewer[-4:]}
-        panels = {said: group for said, group in panels.items() if group}
+        panels = {said: group for said, group in panels.items() if any(results.of(arm) for arm in group)} or {
+            title: main
+        }
         lines += [curves(results, panels, title, out.with_name(f"{out.stem}-{domain}.svg")), ""]
         for said, group in (
             ("At 3e-4:", slow),
