@@ -29,14 +29,17 @@ def _unobserved(arguments: tuple[Any, ...]) -> bool:
 
 
 class Operator:
-    """A function of tensors as a custom operator of torch; what it is called with decides which way a call takes."""
+    """A function of tensors as a custom operator of torch; what it is called with decides which way a call takes.
+
+    `overload` is the operator as torch knows it.
+    """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.__doc__ = function.__doc__
         self._function = function
         self._definition = torch.library.custom_op(name, function, mutates_args=())
         namespace, short = name.split("::")
-        self._operator = getattr(getattr(torch.ops, namespace), short).default
+        self.overload = getattr(getattr(torch.ops, namespace), short).default
         self._graph: type[torch.autograd.Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -46,7 +49,7 @@ class Operator:
                 return self._function(*arguments)
             if self._graph is not None:
                 return self._graph.apply(*arguments)  # type: ignore[no-untyped-call]
-        return self._operator(*arguments)
+        return self.overload(*arguments)
 
     def register_fake(self, shapes: Callable[..., Any]) -> Callable[..., Any]:
         """As of a custom operator."""
