@@ -254,6 +254,21 @@ def first_calls(rows: list[Row]) -> Iterator[str]:
     yield from table(head, lines)
 
 
+def on_cpu(rows: Iterable[Row]) -> Iterator[str]:
+    """The scan on a CPU: the last rows of each shape, ours beside the naive form."""
+    found: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["batch"], row["length"]), {})[row["form"]] = row
+    lines = []
+    for (batch, length), forms in found.items():
+        naive, ours = forms["naive"], forms["torch"]
+        cells = [f"{row[way]:.1f}" for way in ("forward_ms", "both_ms") for row in (naive, ours)]
+        ratio = f"{naive['both_ms'] / ours['both_ms']:.1f} ×"
+        lines.append([f"{batch} × {length}", *cells, ratio, str(ours["threads"]), ours["note"], ours["commit"]])
+    head = ("shape", "naive forward, ms", "ours", "naive both", "ours", "ratio", "threads", "machine", "commit")
+    yield from table(head, lines)
+
+
 def of_device(rows: list[Row], device: str, cold: list[Row]) -> Iterator[str]:
     """Everything measured on one kind of card."""
     about = {name: sorted({row[name] for row in rows}) for name in ("torch", "triton", "commit")}
@@ -281,8 +296,8 @@ def of_device(rows: list[Row], device: str, cold: list[Row]) -> Iterator[str]:
         yield from measured(rows, operation)
 
 
-def page(rows: list[Row], others: dict[str, list[Row]], cold: Iterable[Row] = ()) -> str:
-    """The whole page: of the rows, of other files' rows by the name of the file, and of cold first calls."""
+def page(rows: list[Row], others: dict[str, list[Row]], cold: Iterable[Row] = (), cpu: Iterable[Row] = ()) -> str:
+    """The whole page: of the rows, of other files' rows by the name of the file, of cold first calls, and on a CPU."""
     rows = latest(rows)
     lines = [
         "# Kernels, measured",
@@ -308,6 +323,7 @@ def page(rows: list[Row], others: dict[str, list[Row]], cold: Iterable[Row] = ()
     ]
     for device in dict.fromkeys(row["device"] for row in rows):
         lines += of_device(list(select(rows, device=device)), device, list(select(cold, device=device)))
+    lines += ["## CPU: the scan, `torch` beside the naive form (`cpu_scan.py`)", "", *on_cpu(cpu)]
     for name, found in others.items():
         lines += [f"## Other runs: {name}", "", *other_runs(found)]
     return "\n".join(lines).rstrip() + "\n"
@@ -323,5 +339,11 @@ def beside(folder: Path) -> dict[str, list[Row]]:
     return {name: read(folder / name) for name in OTHER_RUNS if (folder / name).exists()}
 
 
+def written(folder: Path) -> str:
+    """The page of a folder of results."""
+    cold, cpu = (measured_rows(folder, names) for names in (COLD_ROWS, ("cpu_scan.jsonl",)))
+    return page(measured_rows(folder), beside(folder), cold, cpu)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(page(measured_rows(RESULTS), beside(RESULTS), measured_rows(RESULTS, COLD_ROWS)))
+    sys.stdout.write(written(RESULTS))
