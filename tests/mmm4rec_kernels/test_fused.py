@@ -358,20 +358,23 @@ def test_operators_are_well_formed(scan_inputs):
     def leaf(*shape):
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(conv_forward, (leaf(1, 3, 8), leaf(8, 4), leaf(8), None, False, 3, True), test_utils=checks)
-    torch.library.opcheck(norm_forward, (leaf(1, 2, 8), leaf(1, 2, 8), leaf(8), 1e-5, False), test_utils=checks)
+    def checked(operator, arguments):
+        checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(operator.overload, arguments, test_utils=checks)
+
+    checked(conv_forward, (leaf(1, 3, 8), leaf(8, 4), leaf(8), None, False, 3, True))
+    checked(norm_forward, (leaf(1, 2, 8), leaf(1, 2, 8), leaf(8), 1e-5, False))
     s = {k: t.to(DEVICE).requires_grad_() for k, t in scan(scan_inputs, 1, 3, heads=1, groups=1).items()}
     arguments = (s["x"], s["dt"], s["A"], s["B"], s["C"], s["D"], s["dt_bias"], None, None, False, 3, True, None)
     for want_final in (False, True):
-        torch.library.opcheck(scan_forward, (*arguments, True, want_final), test_utils=checks)
+        checked(scan_forward, (*arguments, True, want_final))
     b = {k: t.to(DEVICE).requires_grad_() for k, t in block_inputs("self", 1, 3).items()}
     names = ("conv_weight_CK", "conv_bias_C", "A_log_H", "D_H", "dt_bias_H", "norm_weight_E")
     tensors = (b["projected"], None, None, b["time_factor_BLH"], *(b[k] for k in names))
-    torch.library.opcheck(ssd_block_forward, (*tensors, None, False, 3, 2, 1e-12, True), test_utils=checks)
+    checked(ssd_block_forward, (*tensors, None, False, 3, 2, 1e-12, True))
     offsets = torch.tensor([0, 1, 3], device=DEVICE)
     for where in ((None, False), (offsets, True)):
-        torch.library.opcheck(short_forward, (*tensors, *where, 3, 2, 1e-12, True), test_utils=checks)
+        checked(short_forward, (*tensors, *where, 3, 2, 1e-12, True))
 
 
 def test_float64_is_refused(scan_inputs):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import operator
 from mmm4rec_kernels.ssd.ops import chunks
 
 SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
@@ -22,7 +23,7 @@ def several_in_a_tile(packed: bool, longest: int, gradients: bool) -> bool:
     return longest <= (SHORT_PACKED if packed else SHORT if gradients else SHORT_FORWARD)
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block", mutates_args=())
+@operator("mmm4rec_kernels::ssd_block")
 def ssd_block_forward(
     projected: torch.Tensor,
     z: torch.Tensor | None,
@@ -102,7 +103,7 @@ def _forward_shapes(
     )
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block_backward", mutates_args=())
+@operator("mmm4rec_kernels::ssd_block_backward")
 def ssd_block_backward(
     grad: torch.Tensor,
     scale: torch.Tensor,
@@ -221,7 +222,7 @@ def _gradients(
 ssd_block_forward.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block_short", mutates_args=())
+@operator("mmm4rec_kernels::ssd_block_short")
 def short_forward(
     projected: torch.Tensor,
     z: torch.Tensor | None,
@@ -277,7 +278,7 @@ def _short_shapes(projected: torch.Tensor, *arguments: Any) -> tuple[torch.Tenso
     )
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block_short_backward", mutates_args=())
+@operator("mmm4rec_kernels::ssd_block_short_backward")
 def short_backward(
     grad: torch.Tensor,
     out: torch.Tensor,
