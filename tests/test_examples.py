@@ -81,6 +81,15 @@ def test_the_benchmark_of_the_tables_ends_with_equal_rows(tmp_path):
     assert "rows equal" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_killed_training_ends_as_one_that_was_left_alone(tmp_path):
+    script, out = EXAMPLES / "benchmarks" / "kills.py", tmp_path / "rows.jsonl"
+    words = ["--kills", "1", "--epochs", "1", "--commands", "pretrain", "--device", "cpu", "--out", str(out)]
+    subprocess.run([sys.executable, str(script), *words], check=True, capture_output=True, timeout=300)
+    row = json.loads(out.read_text())
+    assert (row["kills"], row["unequal"]) == (1, 0)
+
+
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - {"mmm4rec"}))
 def test_a_tuned_settings_file_lies_over_the_preset_of_its_model(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -69,12 +69,16 @@ def _parts_named(model: MMM4Rec, trainer: Trainer) -> Iterator[None]:
                 name(module, "forward", "catalogue through the adapters")
             elif path.endswith((".time", ".filter")):
                 name(module, "forward", "time streams")
-            elif path.endswith(("ssd.in_proj", "ssd.out_proj")) and "cross" not in path:
-                name(module, "forward", "products of the self block")
             elif path.endswith("_proj"):
-                name(module, "forward", "products of the cross block")
+                part = "products of the cross block" if "cross" in path else "products of the self block"
+                name(module, "forward", part)
+                name(module, "bare", part)
             elif path.endswith((".fc1", ".fc2")):
-                name(module, "forward", "products of the feed-forwards")
+                name(module, "bare", "products of the feed-forwards")
+            elif path.endswith(".ssd"):
+                name(module, "tail", "products of the self block")
+            elif path.endswith(".cross_ssd"):
+                name(module, "tail", "products of the cross block")
         yield
 
 
@@ -143,11 +147,17 @@ def floors(model: MMM4Rec, users: int, rows: int, rates: tuple[float, float]) ->
 
     product("catalogue through the adapters", 2 * items, features, width, passes=2)
     for i in range(config.num_layers):
-        read = users if i == config.num_layers - 1 else rows
-        product("products of the self block", 2 * rows, width, 2 * (inner + states) + heads)
-        product("products of the self block", 2 * rows, inner, width)
+        # Places of image that are read, and of the reading stream of the cross block; of the last layer only the ends.
+        last = i == config.num_layers - 1
+        read = users if last else rows
+        near, far = (min(rows, n * users) if last else rows for n in (config.d_conv, 2 * config.d_conv - 1))
+        for all_of, gated, reading in ((rows, rows, rows), (rows, near, far)):
+            product("products of the self block", all_of, width, inner + states + heads)
+            product("products of the self block", gated, width, inner)
+            product("products of the self block", reading, width, states)
+            product("products of the self block", gated, inner, width)
         product("products of the cross block", rows, width, inner + states + heads)
-        product("products of the cross block", rows, width, states)
+        product("products of the cross block", near, width, states)
         product("products of the cross block", read, width, inner)
         product("products of the cross block", read, inner, width)
         for n in (rows, read):
@@ -155,11 +165,12 @@ def floors(model: MMM4Rec, users: int, rows: int, rates: tuple[float, float]) ->
             product("products of the feed-forwards", n, config.inner_size, width)
             add("feed-forward activation", 0, 5 * n * config.inner_size)
             add("residual norms", 0, 7 * n * width)
-        columns = 2 * (inner + states) + heads
         # Inputs twice, their gradients once, the output and its gradient; the scan's products are quadratic in 20.
-        scan = 2 * 20 * (2 * states + 2 * inner) * 3
-        add("block: convolution, scan, norm", 3 * rows * scan / 2, 3 * rows * (3 * columns + 2 * inner))
-        add("residual norms", 0, (7 * 2 * rows + 9 * read) * width)
+        for gated, reading in ((rows, rows), (near, far), (read, near)):
+            numbers = rows * (inner + states + heads) + gated * inner + reading * states
+            scan = 2 * 20 * (2 * states + 2 * inner) * 3
+            add("block: convolution, scan, norm", 3 * gated * scan / 2, 3 * numbers + 2 * gated * inner)
+        add("residual norms", 0, (7 * (rows + near) + 9 * read) * width)
         streams = users * heads * config.max_len
         add("time streams", 0, 24 * streams)
     add("residual norms", 0, 5 * 2 * rows * width)

@@ -1,21 +1,24 @@
 """The training step at the published sizes: ours against the naive model, checked before it is timed.
 
     python kernels/benchmarks/step.py [--out FILE] [--cpu] [--profile] [--lengths full|scientific] [--items N ...]
-        [--streams auto|torch|triton] [--precision tf32|fp32|bf16] [--ours] [--all-places]
+        [--streams auto|torch|triton] [--precision tf32|fp32|bf16] [--ours] [--unchecked] [--all-places]
 
 Both train the same synthetic interactions (batch 1024, hidden 256, one layer, text and image vectors 768 wide, TF32
 products, dropout 0.4, NAdam after every micro-batch). `full`: every history fills the 20 places; `scientific`: 8,442
-users with 5 interactions or more, 59,427 in all, whose window lengths are printed. Rows: milliseconds a step, samples
-a second with data delivery included (an epoch through the trainer), peak memory.
+users with 5 interactions or more, 59,427 in all, whose window lengths are printed. Rows: milliseconds a step (of ten
+behind each other, as in training), samples a second with data delivery included (an epoch through the trainer) and
+those that delivery alone gives, peak memory.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +33,7 @@ from mmm4rec_cli.models import blocks, time_stream
 from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.settings import Settings
 from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
+from mmm4rec_cli.training.step import windows_of
 
 
 def interactions(users: int, items: int, total: int, full: bool, seed: int = 0) -> tuple[Sequences, torch.Tensor]:
@@ -107,17 +111,18 @@ def check(device: torch.device, items: int, sequences: Sequences, targets: torch
     return worst
 
 
-def timed(run: object, device: torch.device, repeats: int) -> float:
-    """Median milliseconds of a call."""
-    times = []
+def timed(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Milliseconds of a call: the median over `repeats` runs of several calls, one behind the other as in training."""
+    times, calls = [], 10 if device.type == "cuda" else 1
     for _ in range(repeats):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run()
+            for _ in range(calls):
+                run()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end))
+            times.append(start.elapsed_time(end) / calls)
         else:
             begin = time.perf_counter()
             run()
@@ -136,7 +141,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=["tf32", "fp32", "bf16"], default="tf32", help="ours; naive has TF32")
     parser.add_argument("--all-places", action="store_true", help="also those of the last layer that nobody reads")
     parser.add_argument("--ours", action="store_true", help="time ours alone")
+    parser.add_argument("--unchecked", action="store_true", help="with --ours: no comparison with the naive model")
     arguments = parser.parse_args()
+    if arguments.unchecked and not arguments.ours:
+        parser.error("--unchecked goes with --ours")
     for name in ("stream_stage", "spectral_filter"):
         setattr(time_stream, name, partial(getattr(time_stream, name), backend=arguments.streams))
     if arguments.all_places:
@@ -153,11 +161,11 @@ def main() -> None:
         for kind in arguments.lengths:
             sequences, targets = interactions(8442, items, 59_427, kind == "full")
             lengths = sequences.lengths(targets, 20)
+            histogram = dict(sorted(Counter(lengths.tolist()).items()))
             if items == catalogues[0]:
-                histogram = dict(sorted(Counter(lengths.tolist()).items()))
                 print(kind, "window lengths", histogram, "mean", round(float(lengths.double().mean()), 2), flush=True)
             sequences, targets = sequences.to(device), targets.to(device)
-            worst = check(device, items, sequences, targets)
+            worst = None if arguments.unchecked else check(device, items, sequences, targets)
             torch.set_float32_matmul_precision("high")
             config = settings(precision=arguments.precision)
             ours, naive = models(config, items, device)
@@ -167,6 +175,7 @@ def main() -> None:
             for row in rows:
                 row |= {"items": items, "lengths": kind, "worst_error": worst, "streams": arguments.streams, **common}
                 row["all_places"] = arguments.all_places or row["form"] == "naive"
+                row["histogram"] = histogram
                 row["precision"] = "tf32" if row["form"] == "naive" else arguments.precision
                 print(json.dumps(row), flush=True)
                 if arguments.out:
@@ -190,7 +199,7 @@ def time_naive(naive: NaiveMMM4Rec, sequences: Sequences, targets: torch.Tensor,
     step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    ms = timed(step, device, 20 if device.type == "cuda" else 5)
+    ms = timed(step, device, 5)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     return {"form": "naive", "batch": batch, "step_ms": ms, "samples_s": 1000 * batch / ms, "peak_gib": peak}
 
@@ -213,8 +222,8 @@ def time_ours(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     first = time.perf_counter() - begin
-    chosen = iter(groups * 2)
-    ms = timed(lambda: trainer.step(next(chosen)), device, len(groups))
+    chosen = itertools.cycle(groups)
+    ms = timed(lambda: trainer.step(next(chosen)), device, 8 if device.type == "cuda" else len(groups))
     begin, passes = time.perf_counter(), 5 if device.type == "cuda" else 1
     for epoch in range(passes):
         some = epoch_targets(sequences, task, 0, epoch)[: batch * steps]
@@ -223,7 +232,15 @@ def time_ours(
     if device.type == "cuda":
         torch.cuda.synchronize()
     rate = passes * batch * steps / (time.perf_counter() - begin)
-    row = {"form": "ours", "batch": batch, "step_ms": ms, "samples_s": rate, "first_epoch_s": first}
+    begin = time.perf_counter()
+    for group in trainer.groups(order):
+        for part in group:
+            windows_of(sequences, part, 20, trainer.world, with_target_time=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    delivered = batch * steps / (time.perf_counter() - begin)
+    row = {"form": "ours", "batch": batch, "step_ms": ms, "samples_s": rate, "delivered_s": delivered}
+    row["first_epoch_s"] = first
     if device.type == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["graphs"] = sorted(map(list, trainer.gradients._recorded))

@@ -6,16 +6,19 @@ What stands between them in a network is `residual_norm`, `hardswish_dropout`, `
 over time stamps, `stream_stage` and `spectral_filter`; what stands behind it
 `softmax_cross_entropy`, `lookup`, `sum_by_row` and `compare_counts`. `selective_scan` is
 that of Mamba-1, for models that have it. `windows_before` and `packing_of` say where elements of sequences lie.
-`backends()` says what can run here and why the rest cannot.
+`backends()` says what can run here and why the rest cannot; `compiled_side_by_side` shortens the first step, and
+`on_second_stream` lets work and its gradients go beside the rest.
 """
 
 from mmm4rec_kernels.backend import Availability, BackendUnavailable, backends
 from mmm4rec_kernels.block import CrossProjections, ssd_block, ssd_block_tail, tail_unfit
 from mmm4rec_kernels.conv1d import causal_conv1d
 from mmm4rec_kernels.norm import gated_rms_norm
-from mmm4rec_kernels.rows import hardswish_dropout, linear, residual_norm, seeds_at_once, unit_sum
+from mmm4rec_kernels.rows import hardswish_dropout, linear, linear_and_rows, residual_norm, seeds_at_once, unit_sum
 from mmm4rec_kernels.scoring import Order, compare_counts, lookup, order_of, softmax_cross_entropy, sum_by_row
+from mmm4rec_kernels.second import on_second_stream
 from mmm4rec_kernels.selective import selective_scan
+from mmm4rec_kernels.side_by_side import compiled_side_by_side
 from mmm4rec_kernels.ssd import ssd
 from mmm4rec_kernels.streams import ComplexMap, StreamGate, StreamMaps, spectral_filter, stream_stage
 from mmm4rec_kernels.windows import Packing, packing_of, windows_before
@@ -32,10 +35,13 @@ __all__ = [
     "backends",
     "causal_conv1d",
     "compare_counts",
+    "compiled_side_by_side",
     "gated_rms_norm",
     "hardswish_dropout",
     "linear",
+    "linear_and_rows",
     "lookup",
+    "on_second_stream",
     "order_of",
     "packing_of",
     "residual_norm",

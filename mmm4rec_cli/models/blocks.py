@@ -5,11 +5,12 @@ E = expand * D, H heads. Two streams are image (first) and text (last).
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mmm4rec_cli.models.aside import Aside
 from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import CausalConv, FourierFilter, TimeFactor
 from mmm4rec_cli.settings.schema import ModelSettings
@@ -18,6 +19,8 @@ from mmm4rec_kernels import (
     StreamGate,
     hardswish_dropout,
     linear,
+    linear_and_rows,
+    on_second_stream,
     residual_norm,
     ssd_block,
     ssd_block_tail,
@@ -28,7 +31,7 @@ PARTS = ("weight", "bias")
 TAILS_ON = ("cpu",)
 """Devices where the last layer's scans give the last places alone, whatever the sizes; elsewhere if a kernel does."""
 TAILS_FROM = 10
-"""On a GPU: rows a user from which on the tails' kernel costs less than all places."""
+"""On a GPU: rows a user from which on the self block's last places cost less than all of them."""
 
 
 class Linear(nn.Linear):
@@ -37,6 +40,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] in, [..., C] out."""
         return linear(x, self.weight, self.bias)
+
+    def bare(self, x: Tensor) -> Tensor:
+        """The same without the bias if `shift` gives it."""
+        return linear(x, self.weight, None if _apart(x) else self.bias)
+
+    def shift(self, out: Tensor) -> Tensor | None:
+        """The bias, where what comes next adds it."""
+        return self.bias if _apart(out) else None
 
 
 class Norm(nn.LayerNorm):
@@ -56,7 +67,7 @@ class RMSGate(nn.Module):
 
 
 def _apart(x: Tensor) -> bool:
-    """Whether the tail's kernel adds the bias of the in-projection: its gradient is then a sum on the way."""
+    """Whether the kernel behind a linear layer adds its bias: the bias's gradient is then a sum on the way."""
     return x.is_cuda
 
 
@@ -100,7 +111,7 @@ class StateSpace(nn.Module):
         places: Places,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """From the in-projections of n streams to the block's output [n, S, D].
+        """From the in-projections of n streams to the block's output [n, S, D], less `out_proj.shift`.
 
         Args:
             projected: [n, S, ...], or three of one stream [1, S, ...].
@@ -137,7 +148,7 @@ class StateSpace(nn.Module):
         )
         if rows is not None:
             normed = normed.view(-1, normed.shape[-1]).index_select(0, rows)
-        out: Tensor = self.out_proj(normed)
+        out = self.out_proj.bare(normed)
         return out.view(streams, -1, out.shape[-1])
 
     def scan_tail(
@@ -161,7 +172,7 @@ class StateSpace(nn.Module):
         """
         assert places.lengths_B is not None
         packed = places.offsets is not None
-        out: Tensor = self.out_proj(
+        return self.out_proj.bare(
             ssd_block_tail(
                 projected._replace(xBdt=places.sequences(projected.xBdt[None])),
                 places.lengths_B,
@@ -180,7 +191,6 @@ class StateSpace(nn.Module):
                 bias_of_xBdt=bias,
             )
         )
-        return out
 
 
 class SSD(StateSpace):
@@ -196,13 +206,24 @@ class SSD(StateSpace):
             self.time_norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
 
     def forward(
-        self, u_nSD: Tensor, streams_MBHT: Tensor | None, places: Places, gap_S: Tensor | None = None
+        self,
+        u_nSD: Tensor,
+        streams_MBHT: Tensor | None,
+        places: Places,
+        gap_S: Tensor | None = None,
+        *,
+        staged: Aside | None = None,
+        bare: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The block's output [n, S, D] and the next time streams."""
-        w_MBHT, following_MBHT = self.stage(streams_MBHT)
+        """The block's output [n, S, D], with `bare` less `out_proj.shift`, and the next time streams.
+
+        `staged` is what `stage` gives, if that is under way already.
+        """
         projected = self.paced(self.in_proj(u_nSD), gap_S)
+        w_MBHT, following_MBHT = self.stage(streams_MBHT) if staged is None else staged.awaited()
         out_nSD = self.scan(projected, self.conv.weight, self.conv.bias, w_MBHT, places)
-        return out_nSD, following_MBHT
+        shift = None if bare else self.out_proj.shift(out_nSD)
+        return out_nSD if shift is None else out_nSD + shift, following_MBHT
 
     def stage(self, streams_MBHT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The factor on the step sizes and the next time streams."""
@@ -218,22 +239,25 @@ class SSD(StateSpace):
     ) -> tuple[Tensor, Tensor]:
         """The block's output for one stream at the last `count` places of each user, and the stream there.
 
-        Both [B, count, D].
+        Both [B, count, D], the first less `out_proj.shift`.
         """
         inner, heads = self.norm.weight.shape[0], self.D.shape[0]
         states = (self.conv.weight.shape[0] - inner) // 2
         columns = [inner, inner + states, states, heads]
-        (w_z, w_xB, w_C, w_dt), (b_z, b_xB, b_C, b_dt) = (
-            torch.split(parameter, columns) for parameter in (self.in_proj.weight, self.in_proj.bias)
-        )
+        with on_second_stream(u_SD):  # where the gradients of their parts are found
+            (w_z, w_xB, w_C, w_dt), (b_z, b_xB, b_C, b_dt) = (
+                torch.split(parameter, columns) for parameter in (self.in_proj.weight, self.in_proj.bias)
+            )
         reach = count + self.conv.weight.shape[1] - 1
-        u_BMD = places.tails(u_SD, reach)
-        u_BJD = u_BMD[:, -count:]
         bias, apart = torch.cat([b_xB, b_dt]), _apart(u_SD)
+        weight = torch.cat([w_xB, w_dt])
+        xBdt_SC, u_ND = linear_and_rows(u_SD, weight, None if apart else bias, places.tail_rows(reach))
+        C_NQ, u_ID = linear_and_rows(u_ND, w_C, b_C, places.ends(reach, count))
+        u_BJD = u_ID.view(places.users, count, -1)
         projected = CrossProjections(
-            xBdt=self.paced(linear(u_SD, torch.cat([w_xB, w_dt]), None if apart else bias), gap_S),
+            xBdt=self.paced(xBdt_SC, gap_S),
             z=linear(u_BJD, w_z, b_z),
-            C=linear(u_BMD, w_C, b_C),
+            C=C_NQ.view(places.users, reach, -1),
         )
         added = bias if apart else None
         return self.scan_tail(projected, self.conv.weight, self.conv.bias, w_1BHT, places, added), u_BJD
@@ -255,12 +279,12 @@ class CrossSSD(StateSpace):
         self,
         q_SD: Tensor,
         u_SD: Tensor,
-        stream_BHT: Tensor | None,
+        factor: Aside,
         places: Places,
         gap_S: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """The block's output [S, D], or at some rows alone; its time stream ends here."""
+        """The block's output [S, D] less `out_proj.shift`, or at some rows alone; `factor` is what `factor` gives."""
         if rows is None:
             z_SE = self.z_in_proj(q_SD + u_SD)
         else:
@@ -269,40 +293,42 @@ class CrossSSD(StateSpace):
             z_SE = z_BE.new_zeros(q_SD.shape[0], z_BE.shape[1]).index_copy(0, rows, z_BE)
         xBdt_SC = self.paced(self.u_in_proj(u_SD), gap_S)
         projected = CrossProjections(xBdt=xBdt_SC[None], z=z_SE[None], C=self.q_in_proj(q_SD)[None])
-        return self.scan(projected, *self._convolution(), self._factor(stream_BHT), places, rows)[0]
+        return self.scan(projected, *self._convolution(), factor.awaited()[0], places, rows).squeeze(0)
 
     def tail(
-        self,
-        q_BJD: Tensor,
-        u_SD: Tensor,
-        u_BD: Tensor,
-        stream_BHT: Tensor | None,
-        places: Places,
-        gap_S: Tensor | None = None,
-    ) -> Tensor:
-        """The block's output at each user's last place, [B, D].
+        self, q_BJD: Tensor, u_SD: Tensor, factor: Aside, places: Places, gap_S: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's output at each user's last place, less `out_proj.shift`, and both streams there, q first.
+
+        All three [B, D].
 
         Args:
             q_BJD: the reading stream at as many last places as its convolution has taps.
             u_SD: the writing stream.
-            u_BD: the same at the last places.
-            stream_BHT: the joint time stream.
+            factor: what `factor` gives.
             places: where the rows lie.
             gap_S: what paces the scan, if anything does.
         """
+        users, count, _ = q_BJD.shape
         bias, apart = self.u_in_proj.bias, _apart(u_SD)
+        xBdt_SC, u_BD = linear_and_rows(u_SD, self.u_in_proj.weight, None if apart else bias, places.last_B)
+        C_NQ, q_BD = linear_and_rows(
+            q_BJD.flatten(0, 1), self.q_in_proj.weight, self.q_in_proj.bias, places.ends(count, 1)
+        )
         projected = CrossProjections(
-            xBdt=self.paced(linear(u_SD, self.u_in_proj.weight, None if apart else bias), gap_S),
-            z=self.z_in_proj(q_BJD[:, -1:] + u_BD[:, None]),
-            C=self.q_in_proj(q_BJD),
+            xBdt=self.paced(xBdt_SC, gap_S),
+            z=self.z_in_proj(q_BD + u_BD)[:, None],
+            C=C_NQ.view(users, count, -1),
         )
         added = bias if apart else None
-        return self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places, added)[:, 0]
+        out_BD = self.scan_tail(projected, *self._convolution(), factor.awaited()[0], places, added).squeeze(1)
+        return out_BD, q_BD, u_BD
 
     def _convolution(self) -> tuple[Tensor, Tensor]:
         return torch.cat([self.u_conv.weight, self.q_conv.weight]), torch.cat([self.u_conv.bias, self.q_conv.bias])
 
-    def _factor(self, stream_BHT: Tensor | None) -> Tensor | None:
+    def factor(self, stream_BHT: Tensor | None) -> Tensor | None:
+        """The factor [1, B, H, T] that the joint time stream puts on the step sizes; the stream ends here."""
         if self.time is None or stream_BHT is None:
             return None
         factor: Tensor = self.time(stream_BHT[None])[0]
@@ -321,10 +347,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, D] in and out."""
-        inner = hardswish_dropout(self.fc1(x), p=self.dropout, training=self.training)
-        out = self.fc2(inner)
-        normed: Tensor = self.norm(out, residual=x, p=self.dropout, training=self.training)
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        inner = self.fc1.bare(x)
+        inner = hardswish_dropout(inner, shift=self.fc1.shift(inner), **drop)
+        out = self.fc2.bare(inner)
+        normed: Tensor = self.norm(out, residual=x, shift=self.fc2.shift(out), **drop)
         return normed
+
+
+class LayerTimes(NamedTuple):
+    """What the time streams give a layer."""
+
+    staged: Aside
+    """Factor on the self block's step sizes [M, B, H, T] and the next layer's time streams (unfiltered), or None."""
+    factor: Aside
+    """Factor [1, B, H, T] on the cross block's, or None."""
 
 
 class CrossModalLayer(nn.Module):
@@ -347,65 +384,63 @@ class CrossModalLayer(nn.Module):
         self.filter = FourierFilter(config.max_len) if config.has_time_streams else None
         self.dropout = config.dropout
 
+    def times(self, streams: Aside, device: torch.device) -> LayerTimes:
+        """What the time streams [M, B, H, T], or None, give this layer and the next, beside the main line."""
+        staged = Aside(device, lambda: self.ssd.stage(streams.given[0]))
+        factor = Aside(device, lambda: (self.cross_ssd.factor(self._joint(staged.given[1])),))
+        return LayerTimes(staged, factor)
+
     def forward(
-        self,
-        image_SD: Tensor,
-        text_SD: Tensor,
-        streams_MBHT: Tensor | None,
-        places: Places,
-        gap_S: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """New image [S, D], new text [S, D], new time streams (unfiltered); `gap_S` paces the scans."""
-        query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
-        out_SD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S)
-        return self._joined(out_SD, query_SD, text_SD), text_SD, streams_MBHT
+        self, image_SD: Tensor, text_SD: Tensor, times: LayerTimes, places: Places, gap_S: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """New image [S, D] and new text [S, D]; `times` are this layer's, `gap_S` paces the scans."""
+        query_SD, text_SD = self._selves(image_SD, text_SD, times, places, gap_S)
+        out_SD = self.cross_ssd(query_SD, text_SD, times.factor, places, gap_S)
+        return self._joined(out_SD, query_SD, text_SD), text_SD
 
     def last(
-        self,
-        image_SD: Tensor,
-        text_SD: Tensor,
-        streams_MBHT: Tensor | None,
-        places: Places,
-        gap_S: Tensor | None = None,
+        self, image_SD: Tensor, text_SD: Tensor, times: LayerTimes, places: Places, gap_S: Tensor | None = None
     ) -> Tensor:
         """New image [B, D] at each user's last place, all that a model reads of its last layer.
 
-        Nothing is computed that only other places would need, but where so few places are real that leaving them out
-        costs more, or where no kernel does it.
+        Nothing is computed that only other places would need, but in the self block where so few places are real that
+        leaving them out costs more, or where no kernel does it.
         """
         last_B = places.last_B
         cross = self.cross_ssd
         count = cross.q_conv.weight.shape[1]
         always = image_SD.device.type in TAILS_ON
-        few = len(image_SD) < TAILS_FROM * places.users
-        if not always and (few or tail_unfit(image_SD, places.length, count, len(cross.D), cross.n_groups)):
-            query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
-            out_BD = cross(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S, rows=last_B)
-            return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
+        unfit = not always and tail_unfit(image_SD, places.length, count, len(cross.D), cross.n_groups)
+        if unfit or (not always and len(image_SD) < TAILS_FROM * places.users):
+            query_SD, text_SD = self._selves(image_SD, text_SD, times, places, gap_S)
+            if unfit:
+                out_BD = cross(query_SD, text_SD, times.factor, places, gap_S, rows=last_B)
+                return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
+            query_BJD = places.tails(query_SD, count)
+            return self._joined(*cross.tail(query_BJD, text_SD, times.factor, places, gap_S))
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
-        w_MBHT, streams_MBHT = self.ssd.stage(streams_MBHT)
-        w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
         projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
-        out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places)[0]
+        w_MBHT, _ = times.staged.awaited()
+        w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
+        out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places).squeeze(0)
+        drop["shift"] = self.ssd.out_proj.shift(out_SD)
         text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
         out_BJD, image_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
         query_BJD = self.image_norm(out_BJD, residual=image_BJD, **drop)
-        text_BD = text_SD.index_select(0, last_B)
-        out_BD = cross.tail(query_BJD, text_SD, text_BD, self._joint(streams_MBHT), places, gap_S)
-        return self._joined(out_BD, query_BJD[:, -1], text_BD)
+        return self._joined(*cross.tail(query_BJD, text_SD, times.factor, places, gap_S))
 
     def _selves(
-        self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places, gap_S: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, image_SD: Tensor, text_SD: Tensor, times: LayerTimes, places: Places, gap_S: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Each stream through the self block and its norm, the text also through its feed-forward."""
         items_nSD = torch.stack([image_SD, text_SD])
-        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places, gap_S)
+        out_nSD, _ = self.ssd(items_nSD, None, places, gap_S, staged=times.staged, bare=True)
         # Both modalities' residual and norm at once, each with its own weights.
         weight, bias = (torch.stack([getattr(m, k) for m in (self.image_norm, self.text_norm)]) for k in PARTS)
-        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training, "shift": self.ssd.out_proj.shift(out_nSD)}
         eps = self.image_norm.eps
         query_SD, text_SD = residual_norm(out_nSD, weight, bias, residual=items_nSD, eps=eps, **drop)
-        return query_SD, self.text_ffn(text_SD), streams_MBHT
+        return query_SD, self.text_ffn(text_SD)
 
     def _joint(self, streams_MBHT: Tensor | None) -> Tensor | None:
         if self.filter is None or streams_MBHT is None:
@@ -414,7 +449,7 @@ class CrossModalLayer(nn.Module):
         return joint
 
     def _joined(self, out: Tensor, query: Tensor, text: Tensor) -> Tensor:
-        image: Tensor = self.image_ffn(
-            self.cross_norm(out, residual=query, other=text, p=self.dropout, training=self.training)
-        )
+        drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
+        shift = self.cross_ssd.out_proj.shift(out)
+        image: Tensor = self.image_ffn(self.cross_norm(out, residual=query, other=text, shift=shift, **drop))
         return image

@@ -79,9 +79,17 @@ class Places:
 
     def tails(self, rows_SC: Tensor, count: int) -> Tensor:
         """The last `count` places of each user, [B, count, C]; before a user's first place stands any row."""
+        return rows_SC.index_select(0, self.tail_rows(count)).view(self.users, count, -1)
+
+    def tail_rows(self, count: int) -> Tensor:
+        """The rows of `tails`, [B count]."""
         steps = torch.arange(1 - count, 1, device=self.last_B.device)
-        at_BM = (self.last_B[:, None] + steps).clamp(min=0)
-        return rows_SC.index_select(0, at_BM.flatten()).view(self.users, count, -1)
+        return (self.last_B[:, None] + steps).clamp(min=0).flatten()
+
+    def ends(self, count: int, last: int) -> Tensor:
+        """Of `tails` of `count` places, flattened, the rows of the `last` ones of each user, [B last]."""
+        rows_BM = torch.arange(self.users * count, device=self.last_B.device).view(self.users, count)
+        return rows_BM[:, count - last :].flatten()
 
     def offsets_of(self, streams: int) -> Tensor | None:
         """The offsets of the sequences of n streams, one stream behind the other; None for a grid."""

@@ -168,9 +168,11 @@ def _finetune(
     held_out = {name: split.targets(name) for name in ("valid", "test")}
     cutoffs = {*settings.evaluate.k, *([int(plan.metric.split("@")[1])] if "@" in plan.metric else [])}
     with training_in(run, reporter, world) as log:
+        places = float(sequences.lengths(targets, max_len).double().mean())
         log.note(
             f"fine-tune on {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
-            f"{len(targets):,} targets; seed {settings.runtime.seed}; run {run.short_id}"
+            f"{len(targets):,} targets, windows of {places:.1f} places on average; seed {settings.runtime.seed}; "
+            f"run {run.short_id}"
         )
         torch.manual_seed(settings.runtime.seed)
         network = build_model(model, settings.model, dataset.model_features(settings.features.missing))

@@ -60,9 +60,10 @@ def pretrain_on(
     world = join(device)
     run = open_run(workspace, dataset, settings, about, resume, world)
     with training_in(run, reporter or SilentReporter(), world) as log:
+        places = float(dataset.sequences.lengths(targets, settings.model.max_len).double().mean())
         log.note(
             f"pre-train on {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
-            f"{len(targets):,} targets; run {run.short_id}"
+            f"{len(targets):,} targets, windows of {places:.1f} places on average; run {run.short_id}"
         )
         if plan.seeded:
             torch.manual_seed(seed)

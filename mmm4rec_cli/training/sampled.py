@@ -86,8 +86,7 @@ class _RowGradients(Gradients):
             loss = torch.func.functional_call(self.loss, swapped, (windows,))
         wanted = [*self.parameters, *leaves.values()]
         gradients = torch.autograd.grad(loss * weight.to(loss.dtype), wanted, allow_unused=True)
-        found = [i for i, gradient in enumerate(gradients[: len(self.parameters)]) if gradient is not None]
-        torch._foreach_add_([self.totals[i] for i in found], [gradients[i] for i in found])
+        self._add(gradients[: len(self.parameters)])
         by_table = dict(zip(leaves, gradients[len(self.parameters) :], strict=True))
         self.rows[self.shape_of(batch)] = ids_M, by_table
         value: Tensor = loss.detach().double()

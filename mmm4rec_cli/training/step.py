@@ -3,7 +3,7 @@
 Letters: B targets of the micro-batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from mmm4rec_cli.device import precision
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.places import rounded_rows
 from mmm4rec_cli.world import World
-from mmm4rec_kernels import seeds_at_once
+from mmm4rec_kernels import compiled_side_by_side, seeds_at_once
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ class Gradients:
         self.say = say
         self._recorded: dict[tuple[int, int, int], _Recorded] = {}
         self._pool: Any = None
+        self._dry = False
+        """Numbers are arbitrary and are not kept."""
 
     def rows_of(self, batch: MicroBatch) -> int:
         """Rows that a micro-batch is computed with."""
@@ -130,11 +132,17 @@ class Gradients:
         with precision(self.number_format, self.device), seeds_at_once(self.device):
             loss = self._loss(windows)
         gradients = torch.autograd.grad(loss * weight.to(loss.dtype), self.parameters, allow_unused=True)
+        self._add(gradients)
+        return loss.detach().double()
+
+    def _add(self, gradients: Sequence[Any]) -> None:
+        """Add to the parameters' gradients."""
+        if self._dry:
+            return
         # One operation for all parameters; accumulating each on its own costs a kernel a parameter, and so would one
         # gradient whose strides are others than its parameter's.
         found = [i for i, gradient in enumerate(gradients) if gradient is not None]
         torch._foreach_add_([self.totals[i] for i in found], [gradients[i].contiguous() for i in found])
-        return loss.detach().double()
 
     def _loss(self, windows: Windows) -> Tensor:
         return self.model.training_loss(windows, in_batch=self.in_batch)
@@ -153,6 +161,7 @@ class Gradients:
         random = torch.cuda.get_rng_state(self.device)
         try:
             if self._pool is None:
+                self._compile(held, weight)
                 # Once as it is, so that nothing is set up while recording; with weight 0 it adds 0 to the gradients.
                 side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 side.wait_stream(torch.cuda.current_stream())
@@ -174,6 +183,15 @@ class Gradients:
         finally:
             torch.cuda.set_rng_state(random, self.device)
         return _Recorded(graph, held, weight, loss)
+
+    def _compile(self, held: MicroBatch, weight: Tensor) -> None:
+        """Compile the kernels of a micro-batch; nothing is computed that anybody reads."""
+        self._dry = True
+        try:
+            with compiled_side_by_side(self.device):
+                self._compute(held, weight)
+        finally:
+            self._dry = False
 
 
 @dataclass(frozen=True)

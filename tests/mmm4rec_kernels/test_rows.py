@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmm4rec_kernels import hardswish_dropout, linear, residual_norm, rows, seeds_at_once, unit_sum
+from mmm4rec_kernels import hardswish_dropout, linear, linear_and_rows, residual_norm, rows, seeds_at_once, unit_sum
 from mmm4rec_kernels.rows import ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,6 +53,23 @@ def test_residual_norm_and_its_gradients(groups, added):
     for leaf, other_leaf in zip((x, residual, other, weight, bias), double, strict=True):
         if leaf is not None:
             torch.testing.assert_close(leaf.grad.double(), other_leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_a_shift_of_the_first_argument_and_its_gradient(groups):
+    x, residual, shift, weight, bias = inputs(groups)
+    shift = shift[..., 0, :].reshape(-1, 24)[0]
+    results = []
+    for function in (
+        lambda x, s: residual_norm(x, weight, bias, residual=residual, shift=s) * hardswish_dropout(3 * x, shift=s),
+        lambda x, s: residual_norm(x + s, weight, bias, residual=residual) * hardswish_dropout(3 * x + s),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (x, shift)]
+        y = function(*leaves)
+        (y * y).sum().backward()
+        results.append([y, *(t.grad for t in leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-4)
 
 
 def test_dropout_acts_on_the_first_argument_alone():
@@ -141,6 +158,21 @@ def test_linear_has_the_gradients_of_torchs_own():
         results.append([y, *(t.grad for t in leaves)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_beside_a_linear_layer_and_their_gradients():
+    x, weight, bias = torch.randn(9, 6), torch.randn(11, 6), torch.randn(11)
+    index = torch.tensor([8, 2, 5], device=DEVICE)
+    results = []
+    for function in (linear_and_rows, lambda x, w, b, i: (F.linear(x, w, b), x[i])):
+        for bare in (False, True):
+            leaves = [t.clone().to(DEVICE).requires_grad_() for t in (x, weight, bias)]
+            y, rows = function(*leaves[:2], None if bare else leaves[2], index)
+            ((y * y).sum() + (rows**3).sum()).backward()
+            results.append([y, rows, *(t.grad for t in leaves[: 2 if bare else 3])])
+    for got, want in zip(results[:2], results[2:], strict=True):
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @by_kernel

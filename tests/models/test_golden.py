@@ -147,7 +147,8 @@ def packed_users(model: MMM4Rec, golden: Golden, spare: int = 0) -> Tensor:
     windows = given_windows(golden, spare)
     places = model._places(windows)
     assert places.offsets is not None
-    return model._last(windows, places, *model._rows(places.ids(windows.items_BT)))
+    times = model._times(windows.timestamps_BT, windows.lengths_B)
+    return model._last(windows, places, times, *model._rows(places.ids(windows.items_BT)))
 
 
 def read_users(model: MMM4Rec, golden: Golden, spare: int = 0) -> Tensor:
@@ -190,12 +191,13 @@ def chosen(path: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(blocks, "TAILS_ON", ())
     if path != "packed":
         monkeypatch.setattr(blocks, "tail_unfit", lambda *sizes: "")
-        monkeypatch.setattr(blocks, "TAILS_FROM", 0)
+        monkeypatch.setattr(blocks, "TAILS_FROM", 0 if path == "packed tails" else 1000)
+        monkeypatch.setattr(blocks, "_apart", lambda x: True)
     return packed_users
 
 
 @pytest.mark.parametrize("spare", [0, 1, 13])
-@pytest.mark.parametrize("path", ["packed", "packed tails", "parts"])
+@pytest.mark.parametrize("path", ["packed", "packed tails", "packed cross tail", "parts"])
 def test_without_what_nobody_reads_the_user_vectors_are_the_same(golden, spare, path, monkeypatch):
     monkeypatch.setattr(mmm4rec, "ROWS_A_PART", 15)
     monkeypatch.setattr(mmm4rec, "PADDING_A_PART", spare)
@@ -205,7 +207,7 @@ def test_without_what_nobody_reads_the_user_vectors_are_the_same(golden, spare, 
         assert deviation(users(model, golden, spare), golden.tensors["out/seq_output"]) < 1e-9
 
 
-@pytest.mark.parametrize("path", ["padded", "packed", "packed tails", "parts"])
+@pytest.mark.parametrize("path", ["padded", "packed", "packed tails", "packed cross tail", "parts"])
 def test_float64_gradients_equal_the_published_ones(golden, path, monkeypatch):
     monkeypatch.setattr(mmm4rec, "ROWS_A_PART", 15)
     model = golden.model(torch.float64).eval()

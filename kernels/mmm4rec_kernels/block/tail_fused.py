@@ -3,12 +3,15 @@
 """The block's scan at the last places of each sequence, before gate and norm, one Triton kernel a direction.
 
 Letters: S rows of all sequences, B sequences that are read, J read places, K taps, M = J + K - 1 places that the
-convolution of C reaches, H heads, P head dim, N state, C = E + 2HN channels; BL, BP, BN, BK are L, P, N, K rounded up.
+convolution of C reaches, H heads, P head dim, N state, C = E + 2HN channels; BS sequences of a program, BP, BN, BJ,
+BL are P, N, J, L rounded up.
 
-A program takes one head of one sequence, whole. So few places are read that every product is a sum over a tile in
-float32; no state is formed. Backward recomputes all but the inputs. The gradient of the convolved columns is written
-where that of the raw ones goes, read again from the cache by the same program, and replaced. A program of backward
-goes through many sequences and keeps the sums of the parameters' gradients: results repeat bit for bit.
+A program takes one head of BS neighbouring sequences and walks along their places side by side, with the last three of
+the raw columns in registers, so that every column is read once. So few places are read that the products with B and
+with dy are sums over a row, and no state is formed: forward keeps the J results, each of which decays from place to
+place. Backward recomputes all but the inputs; the gradient of the convolved columns stays in registers until the
+gradient of the raw ones three places behind is complete, and each is written once. A program of backward goes through
+many sequences and keeps the sums of the parameters' gradients: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -21,99 +24,86 @@ from mmm4rec_kernels.launch import processors, tile
 from mmm4rec_kernels.sums import summed
 from mmm4rec_kernels.tiles import LOG2E, exp2, sigmoid, softplus
 
-PROGRAMS = 2
-"""Programs of backward, for each multiprocessor and head."""
-FORWARD: dict[str, int] = {"num_warps": 4}
-BACKWARD: dict[str, int] = {"num_warps": 4}
+FORWARD: dict[str, int] = {"num_warps": 1, "BS": 1}
+BACKWARD: dict[int, dict[str, int]] = {
+    1: {"programs": 12, "num_warps": 1, "BS": 1, "maxnreg": 168},
+    8: {"programs": 8, "num_warps": 1, "BS": 1},
+}
+"""Options of a launch, backward by the most read places; programs of all heads together, for each multiprocessor."""
 
 
 @triton.jit
-def span(p_ends, p_lengths, i, length, PACKED: tl.constexpr):
-    """First row of a sequence, its places, the rows that its gradients are written to."""
+def spans(p_ends, p_lengths, o_s, sequences, length, PACKED: tl.constexpr):
+    """First row of each sequence, its places, the rows that its gradients are written to."""
+    m_s = o_s < sequences
     if PACKED:
-        first = tl.load(p_ends + i).to(tl.int64)
-        count = (tl.load(p_ends + i + 1).to(tl.int64) - first).to(tl.int32)
+        first = tl.load(p_ends + o_s, mask=m_s, other=0).to(tl.int64)
+        count = (tl.load(p_ends + o_s + 1, mask=m_s, other=0).to(tl.int64) - first).to(tl.int32)
         return first, count, count
     else:
-        return tl.cast(i, tl.int64) * length, tl.load(p_lengths + i).to(tl.int32), length
+        count = tl.load(p_lengths + o_s, mask=m_s, other=0).to(tl.int32)
+        return o_s.to(tl.int64) * length, count, tl.where(m_s, length, 0)
 
 
 @triton.jit
-def taps_of(p_weight, o_c, m_c, TAPS: tl.constexpr, BACK: tl.constexpr):
-    """Taps [columns] for the place BACK places before the present one."""
-    return tl.load(p_weight + o_c * TAPS + (TAPS - 1 - BACK), mask=m_c, other=0.0).to(tl.float32)
+def vector(p, o_c, m_c):
+    """A vector of columns [1, columns], zero where there is none."""
+    b = tl.zeros([o_c.shape[0]], tl.float32)
+    if p is not None:
+        b = tl.load(p + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return b[None, :]
 
 
 @triton.jit
-def bias_of(p_shift, at, o_c, m_c):
-    """Bias [columns] of the projection, zero if it is in the columns already."""
-    b_shift = tl.zeros([o_c.shape[0]], tl.float32)
-    if p_shift is not None:
-        b_shift = tl.load(p_shift + at + o_c, mask=m_c, other=0.0).to(tl.float32)
-    return b_shift
+def taps_of(p_weight, o_c, m_c, BACK: tl.constexpr, TAPS: tl.constexpr):
+    """Taps [1, columns] for the place BACK places before the present one; zero behind the last tap."""
+    m_tap = m_c & (BACK < TAPS)
+    return tl.load(p_weight + o_c * TAPS + (TAPS - 1 - BACK), mask=m_tap, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def before(p_in, b_shift, o_l, count, o_c, m_c, ROW: tl.constexpr, BACK: tl.constexpr):
-    """Raw columns [BL, columns] of the place BACK places before each."""
-    mask = ((o_l >= BACK) & (o_l < count))[:, None] & m_c[None, :]
-    b_in = tl.load(p_in + (o_l - BACK)[:, None] * ROW + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, b_in + b_shift[None, :], 0.0)
+def raw(p_in, first, t, count, b_shift, o_c, m_c, ROW: tl.constexpr):
+    """Raw columns [BS, columns] of place t of each sequence, zero behind its end."""
+    m_in = (t < count)[:, None] & m_c[None, :]
+    b_in = tl.load(p_in + (first + t)[:, None] * ROW + o_c[None, :], mask=m_in, other=0.0).to(tl.float32)
+    return tl.where(m_in, b_in + b_shift, 0.0)
 
 
 @triton.jit
-def convolve(p_in, b_shift, p_weight, p_bias, o_l, count, o_c, m_c, ROW: tl.constexpr, TAPS: tl.constexpr):
-    """The convolution before SiLU, [BL, columns]; behind the end of the sequence only its bias."""
-    b_sum = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    for back in tl.static_range(TAPS):
-        b_sum += (
-            before(p_in, b_shift, o_l, count, o_c, m_c, ROW, back) * taps_of(p_weight, o_c, m_c, TAPS, back)[None, :]
-        )
-    return b_sum
-
-
-@triton.jit
-def reached(p_C, j, count, o_k, o_n, m_n, ROW: tl.constexpr, TAPS: tl.constexpr, J: tl.constexpr):
-    """Raw columns of C [BK, N] under the taps of read place j, zero before the start of the sequence."""
-    m_k = (o_k < TAPS) & (count - J + j - (TAPS - 1) + o_k >= 0)
-    return tl.load(p_C + (j + o_k)[:, None] * ROW + o_n[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def steps_of(
-    p_dt,
-    p_shift,
-    p_factor,
-    p_A_log,
-    p_dt_bias,
-    i_h,
-    o_l,
-    count,
-    factor_row,
-    ROW: tl.constexpr,
-):
-    """Raw dt, factor, what softplus is taken of, step sizes, A, and running sums of base-2 logarithms of decays."""
-    m_in = o_l < count
-    b_raw = tl.load(p_dt + o_l * ROW, mask=m_in, other=0.0).to(tl.float32)
-    if p_shift is not None:
-        b_raw += tl.load(p_shift).to(tl.float32)
-    b_factor = tl.full(o_l.shape, 1.0, tl.float32)
+def step_at(p_dt, p_factor, first, o_s, t, m_in, shift, dt_bias, factor_batch, factor_row, ROW: tl.constexpr):
+    """Step sizes [BS] at place t, zero outside."""
+    b_dt = tl.load(p_dt + (first + t) * ROW, mask=m_in, other=0.0).to(tl.float32) + shift
     if p_factor is not None:
-        b_factor = tl.load(p_factor + o_l * factor_row, mask=m_in, other=0.0).to(tl.float32)
-    b_dt = b_raw * b_factor + tl.load(p_dt_bias + i_h).to(tl.float32)
-    b_step = tl.where(m_in, softplus(b_dt), 0.0)
-    A = -tl.exp(tl.load(p_A_log + i_h).to(tl.float32))
-    b_total = tl.cumsum(b_step.to(tl.float64) * (A.to(tl.float64) * LOG2E), 0)
-    return b_raw, b_factor, b_dt, b_step, A, b_total
+        p_from = p_factor + o_s.to(tl.int64) * factor_batch + t * factor_row
+        b_dt *= tl.load(p_from, mask=m_in, other=0.0).to(tl.float32)
+    return tl.where(m_in, softplus(b_dt + dt_bias), 0.0)
 
 
 @triton.jit
-def decay_to(b_total, o_l, place):
-    """2^(sum over (s, place]) for s up to the place, else 0."""
-    b_between = (tl.sum(tl.where(o_l == place, b_total, 0.0), 0) - b_total).to(tl.float32)
-    return exp2(tl.where(o_l <= place, b_between, float("-inf")))
+def all_steps(p_dt, p_factor, first, o_s, o_l, m_in, shift, dt_bias, factor_batch, factor_row, ROW: tl.constexpr):
+    """Raw dt, factor, and what softplus is taken of [BS, BL]."""
+    b_raw = tl.load(p_dt + (first[:, None] + o_l[None, :]) * ROW, mask=m_in, other=0.0).to(tl.float32) + shift
+    b_factor = tl.full(b_raw.shape, 1.0, tl.float32)
+    if p_factor is not None:
+        p_from = p_factor + o_s.to(tl.int64)[:, None] * factor_batch + o_l[None, :] * factor_row
+        b_factor = tl.load(p_from, mask=m_in, other=0.0).to(tl.float32)
+    return b_raw, b_factor, b_raw * b_factor + dt_bias
+
+
+@triton.jit
+def reads(
+    p_C, p_weight, p_bias, o_s, o_j, count, m_s, o_n, m_n, J: tl.constexpr, TAPS: tl.constexpr, ROW: tl.constexpr
+):
+    """The convolved C before SiLU [BJ, BS, N]; what lies before the start of a sequence counts as zero."""
+    b_u = tl.zeros([o_j.shape[0], o_s.shape[0], o_n.shape[0]], tl.float32)
+    b_u += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, None, :]
+    o_row = o_s.to(tl.int64)[None, :] * (J + TAPS - 1) + o_j[:, None]
+    for k in tl.static_range(TAPS):
+        m_k = m_s[None, :] & (o_j < J)[:, None] & (count[None, :] - J - (TAPS - 1) + k + o_j[:, None] >= 0)
+        mask = m_k[:, :, None] & m_n[None, None, :]
+        b_C = tl.load(p_C + (o_row + k)[:, :, None] * ROW + o_n[None, None, :], mask=mask, other=0.0).to(tl.float32)
+        b_u += b_C * tl.load(p_weight + o_n * TAPS + k, mask=m_n, other=0.0).to(tl.float32)[None, None, :]
+    return b_u
 
 
 @triton.jit
@@ -130,11 +120,11 @@ def tail_forward(
     p_ends,
     p_lengths,
     p_y,
+    users,
     length,
     factor_batch,
     factor_row,
     factor_head,
-    factor_places,
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -144,100 +134,110 @@ def tail_forward(
     ROW_C: tl.constexpr,
     PACKED: tl.constexpr,
     SKIP_DT: tl.constexpr,
-    BL: tl.constexpr,
+    BS: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
+    BJ: tl.constexpr,
 ):
     E: tl.constexpr = H * P
     i_h = tl.program_id(0)
-    i = tl.program_id(1)
-    o_l = tl.arange(0, BL)
+    o_s = tl.program_id(1) * BS + tl.arange(0, BS)
     o_p = tl.arange(0, BP)
     o_n = tl.arange(0, BN)
-    o_k = tl.arange(0, BK)
+    o_j = tl.arange(0, BJ)
+    m_s = o_s < users
     m_p = o_p < P
     m_n = o_n < N
-    first, count, _ = span(p_ends, p_lengths, i, length, PACKED)
-    p_x += first * ROW
+    first, count, _ = spans(p_ends, p_lengths, o_s, users, length, PACKED)
     at_x = i_h * P
     at_B = E + i_h * N
     at_C = at_B + H * N
-    p_C += tl.cast(i, tl.int64) * (J + TAPS - 1) * ROW_C + i_h * N
+    p_dt = p_x + E + H * N + i_h
+    shift = 0.0
+    p_shift_x = p_shift
+    p_shift_B = p_shift
+    if p_shift is not None:
+        shift = tl.load(p_shift + E + H * N + i_h).to(tl.float32)
+        p_shift_x = p_shift + at_x
+        p_shift_B = p_shift + at_B
     p_f = p_factor
     if p_factor is not None:
-        p_f = p_factor + tl.cast(i, tl.int64) * factor_batch + i_h * factor_head
-    p_of_dt = p_shift
-    if p_shift is not None:
-        p_of_dt = p_shift + E + H * N + i_h
-    _, _, _, b_step, _, b_total = steps_of(
-        p_x + E + H * N + i_h, p_of_dt, p_f, p_A_log, p_dt_bias, i_h, o_l, count, factor_row, ROW
-    )
-    b_shift = bias_of(p_shift, at_B, o_n, m_n)
-    b_B = convolve(p_x + at_B, b_shift, p_weight + at_B * TAPS, p_bias + at_B, o_l, count, o_n, m_n, ROW, TAPS)
-    b_B *= sigmoid(b_B)
-    b_shift = bias_of(p_shift, at_x, o_p, m_p)
-    b_x = convolve(p_x + at_x, b_shift, p_weight + at_x * TAPS, p_bias + at_x, o_l, count, o_p, m_p, ROW, TAPS)
-    b_x *= sigmoid(b_x)
+        p_f = p_factor + i_h * factor_head
+    dt_bias = tl.load(p_dt_bias + i_h).to(tl.float32)
+    A = -tl.exp(tl.load(p_A_log + i_h).to(tl.float32)) * LOG2E
     D = tl.load(p_D + i_h).to(tl.float32)
-    o_taps = o_n[None, :] * TAPS + o_k[:, None]
-    m_taps = (o_k < TAPS)[:, None] & m_n[None, :]
-    b_taps = tl.load(p_weight + at_C * TAPS + o_taps, mask=m_taps, other=0.0).to(tl.float32)
-    b_bias = tl.load(p_bias + at_C + o_n, mask=m_n, other=0.0).to(tl.float32)
-    for j in range(J):
-        place = count - J + j
-        b_C = b_bias + tl.sum(b_taps * reached(p_C, j, count, o_k, o_n, m_n, ROW_C, TAPS, J), 0)
-        b_C *= sigmoid(b_C)
-        b_m = tl.sum(b_B * b_C[None, :], 1) * decay_to(b_total, o_l, place) * b_step
-        b_skip = tl.where(o_l == place, D, 0.0)
+    b_C = reads(p_C + i_h * N, p_weight + at_C * TAPS, p_bias + at_C, o_s, o_j, count, m_s, o_n, m_n, J, TAPS, ROW_C)
+    b_C *= sigmoid(b_C)
+    b_shift_x = vector(p_shift_x, o_p, m_p)
+    b_shift_B = vector(p_shift_B, o_n, m_n)
+    p_weight_x = p_weight + at_x * TAPS
+    p_weight_B = p_weight + at_B * TAPS
+    x_0, B_0 = taps_of(p_weight_x, o_p, m_p, 0, TAPS), taps_of(p_weight_B, o_n, m_n, 0, TAPS)
+    x_1, B_1 = taps_of(p_weight_x, o_p, m_p, 1, TAPS), taps_of(p_weight_B, o_n, m_n, 1, TAPS)
+    x_2, B_2 = taps_of(p_weight_x, o_p, m_p, 2, TAPS), taps_of(p_weight_B, o_n, m_n, 2, TAPS)
+    x_3, B_3 = taps_of(p_weight_x, o_p, m_p, 3, TAPS), taps_of(p_weight_B, o_n, m_n, 3, TAPS)
+    b_bias_x = vector(p_bias + at_x, o_p, m_p)
+    b_bias_B = vector(p_bias + at_B, o_n, m_n)
+    place = count[None, :] - J + o_j[:, None]
+    b_y = tl.zeros([BJ, BS, BP], tl.float32)
+    b_x1 = tl.zeros([BS, BP], tl.float32)
+    b_x2 = tl.zeros([BS, BP], tl.float32)
+    b_x3 = tl.zeros([BS, BP], tl.float32)
+    b_B1 = tl.zeros([BS, BN], tl.float32)
+    b_B2 = tl.zeros([BS, BN], tl.float32)
+    b_B3 = tl.zeros([BS, BN], tl.float32)
+    b_next_x = raw(p_x + at_x, first, 0, count, b_shift_x, o_p, m_p, ROW)
+    b_next_B = raw(p_x + at_B, first, 0, count, b_shift_B, o_n, m_n, ROW)
+    for t in range(tl.max(count, 0)):
+        b_x0 = b_next_x
+        b_B0 = b_next_B
+        b_next_x = raw(p_x + at_x, first, t + 1, count, b_shift_x, o_p, m_p, ROW)
+        b_next_B = raw(p_x + at_B, first, t + 1, count, b_shift_B, o_n, m_n, ROW)
+        b_step = step_at(p_dt, p_f, first, o_s, t, t < count, shift, dt_bias, factor_batch, factor_row, ROW)
+        b_u = b_bias_B + B_0 * b_B0 + B_1 * b_B1 + B_2 * b_B2 + B_3 * b_B3
+        b_B = b_u * sigmoid(b_u)
+        b_u = b_bias_x + x_0 * b_x0 + x_1 * b_x1 + x_2 * b_x2 + x_3 * b_x3
+        b_x = b_u * sigmoid(b_u)
+        b_m = tl.sum(b_C * b_B[None, :, :], 2) * b_step[None, :]
+        b_skip = tl.where(place == t, D, 0.0)
         if SKIP_DT:
-            b_skip *= b_step
-        b_y = tl.sum((b_m + b_skip)[:, None] * b_x, 0)
-        p_to = p_y + (tl.cast(i, tl.int64) * J + j) * E + at_x
-        tl.store(p_to + o_p, b_y.to(p_y.dtype.element_ty), mask=m_p)
+            b_skip *= b_step[None, :]
+        b_m = tl.where(place >= t, b_m + b_skip, 0.0)
+        b_decay = tl.where(place >= t, exp2(b_step * A)[None, :], 1.0)
+        b_y = b_y * b_decay[:, :, None] + b_m[:, :, None] * b_x[None, :, :]
+        b_x3, b_x2, b_x1 = b_x2, b_x1, b_x0
+        b_B3, b_B2, b_B1 = b_B2, b_B1, b_B0
+    o_y = (o_s.to(tl.int64)[None, :] * J + o_j[:, None])[:, :, None] * E + at_x + o_p[None, None, :]
+    mask = (m_s[None, :] & (o_j < J)[:, None])[:, :, None] & m_p[None, None, :]
+    tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def raw_gradients(p_d, p_weight, o_l, count, o_c, m_c, ROW: tl.constexpr, TAPS: tl.constexpr):
-    """Gradients of the raw columns [BL, columns], from those of a convolution's results in memory."""
-    b_sum = tl.zeros([o_l.shape[0], o_c.shape[0]], tl.float32)
-    for ahead in tl.static_range(TAPS):
-        mask = (o_l + ahead < count)[:, None] & m_c[None, :]
-        b_d = tl.load(p_d + (o_l + ahead)[:, None] * ROW + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_sum += b_d * taps_of(p_weight, o_c, m_c, TAPS, ahead)[None, :]
-    return b_sum
+def slope(b_u):
+    """Derivative of SiLU."""
+    b_sigmoid = sigmoid(b_u)
+    return b_sigmoid * (1.0 + b_u * (1.0 - b_sigmoid))
 
 
 @triton.jit
-def add_each(a_0, a_1, a_2, a_3, a_4, b_0, b_1, b_2, b_3, b_4):
-    """Five sums at once: the warps of a program meet once instead of five times."""
-    return a_0 + b_0, a_1 + b_1, a_2 + b_2, a_3 + b_3, a_4 + b_4
+def store_raw(p_out, first, t, rows, b_d, o_c, m_c, WIDE: tl.constexpr):
+    """Gradients of the raw columns [BS, columns] of place t."""
+    m_out = ((t >= 0) & (t < rows))[:, None] & m_c[None, :]
+    p_to = p_out + (first + t)[:, None] * WIDE + o_c[None, :]
+    tl.store(p_to, b_d.to(p_out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
-def tap_sums(b_taps, b_bias, p_in, b_shift, b_d, o_l, count, o_k, o_c, m_c, ROW: tl.constexpr, TAPS: tl.constexpr):
-    """Gradients of the taps [BK, columns] and of the bias, added to what is given."""
-    b_0 = b_d * before(p_in, b_shift, o_l, count, o_c, m_c, ROW, 0)
-    b_1 = b_d * before(p_in, b_shift, o_l, count, o_c, m_c, ROW, 1)
-    b_2 = b_0
-    b_3 = b_0
+def store_taps(p_sums, b_0, b_1, b_2, b_3, b_bias, at, o_c, m_c, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
+    """Sums over the sequences of the gradients of the taps, the present place's first, and of the bias."""
+    p_to = p_sums + (at + o_c) * TAPS + (TAPS - 1)
+    tl.store(p_to, tl.sum(b_0, 0), mask=m_c)
+    tl.store(p_to - 1, tl.sum(b_1, 0), mask=m_c)
     if TAPS > 2:
-        b_2 = b_d * before(p_in, b_shift, o_l, count, o_c, m_c, ROW, 2)
+        tl.store(p_to - 2, tl.sum(b_2, 0), mask=m_c)
     if TAPS > 3:
-        b_3 = b_d * before(p_in, b_shift, o_l, count, o_c, m_c, ROW, 3)
-    b_0, b_1, b_2, b_3, b_4 = tl.reduce((b_0, b_1, b_2, b_3, b_d), 0, add_each)
-    # The last tap multiplies the present place.
-    o_back = TAPS - 1 - o_k[:, None]
-    b_here = tl.where(o_back == 0, b_0[None, :], tl.where(o_back == 1, b_1[None, :], 0.0))
-    b_here += tl.where(o_back == 2, b_2[None, :], tl.where(o_back == 3, b_3[None, :], 0.0))
-    return b_taps + b_here, b_bias + b_4
-
-
-@triton.jit
-def store_taps(p_sums, b_taps, b_bias, at, o_k, o_c, m_c, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
-    mask = (o_k < TAPS)[:, None] & m_c[None, :]
-    tl.store(p_sums + (at + o_c)[None, :] * TAPS + o_k[:, None], b_taps, mask=mask)
-    tl.store(p_sums + CHANNELS * TAPS + at + o_c, b_bias, mask=m_c)
+        tl.store(p_to - 3, tl.sum(b_3, 0), mask=m_c)
+    tl.store(p_sums + CHANNELS * TAPS + at + o_c, tl.sum(b_bias, 0), mask=m_c)
 
 
 @triton.jit
@@ -274,173 +274,242 @@ def tail_backward(
     ROW_C: tl.constexpr,
     PACKED: tl.constexpr,
     SKIP_DT: tl.constexpr,
-    BL: tl.constexpr,
+    BS: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
-    BM: tl.constexpr,
+    BJ: tl.constexpr,
+    BL: tl.constexpr,
 ):
     E: tl.constexpr = H * P
     CHANNELS: tl.constexpr = E + 2 * H * N
     WIDE: tl.constexpr = E + H * N + H
     M: tl.constexpr = J + TAPS - 1
     i_h = tl.program_id(0)
-    o_l = tl.arange(0, BL)
     o_p = tl.arange(0, BP)
     o_n = tl.arange(0, BN)
-    o_k = tl.arange(0, BK)
-    o_m = tl.arange(0, BM)
+    o_j = tl.arange(0, BJ)
+    o_l = tl.arange(0, BL)
     m_p = o_p < P
     m_n = o_n < N
     at_x = i_h * P
     at_B = E + i_h * N
     at_C = at_B + H * N
+    at_dt = E + H * N + i_h
     p_sums += tl.program_id(1).to(tl.int64) * (CHANNELS * (TAPS + 1) + 3 * H + WIDE)
-    D = tl.load(p_D + i_h).to(tl.float32)
-    o_taps = o_n[None, :] * TAPS + o_k[:, None]
-    m_taps = (o_k < TAPS)[:, None] & m_n[None, :]
-    b_taps = tl.load(p_weight + at_C * TAPS + o_taps, mask=m_taps, other=0.0).to(tl.float32)
-    b_bias = tl.load(p_bias + at_C + o_n, mask=m_n, other=0.0).to(tl.float32)
-    b_shift_x = bias_of(p_shift, at_x, o_p, m_p)
-    b_shift_B = bias_of(p_shift, at_B, o_n, m_n)
-    p_of_dt = p_shift
+    shift = 0.0
+    p_shift_x = p_shift
+    p_shift_B = p_shift
     if p_shift is not None:
-        p_of_dt = p_shift + E + H * N + i_h
-    b_sum_x = tl.zeros([BP], tl.float32)
-    b_sum_B = tl.zeros([BN], tl.float32)
-    b_sum_dt = tl.zeros([BL], tl.float32)
-    b_taps_x = tl.zeros([BK, BP], tl.float32)
-    b_taps_B = tl.zeros([BK, BN], tl.float32)
-    b_taps_C = tl.zeros([BK, BN], tl.float32)
-    b_bias_x = tl.zeros([BP], tl.float32)
-    b_bias_B = tl.zeros([BN], tl.float32)
-    b_bias_C = tl.zeros([BN], tl.float32)
-    b_dD = tl.zeros([BL], tl.float32)
-    b_dA = tl.zeros([BL], tl.float32)
-    b_ddt_bias = tl.zeros([BL], tl.float32)
-    for i in range(tl.program_id(1), sequences, tl.num_programs(1)):
-        first, count, rows = span(p_ends, p_lengths, i, length, PACKED)
-        p_in = p_x + first * ROW
-        p_out = p_dx + first * WIDE
-        p_f = p_factor
-        if p_factor is not None:
-            p_f = p_factor + tl.cast(i, tl.int64) * factor_batch + i_h * factor_head
-        m_row = o_l < rows
-        if i >= users:  # read by nobody
-            m_x = m_row[:, None] & m_p[None, :]
-            m_B = m_row[:, None] & m_n[None, :]
-            tl.store(p_out + at_x + o_l[:, None] * WIDE + o_p[None, :], tl.zeros([BL, BP], p_dx.dtype.element_ty), m_x)
-            tl.store(p_out + at_B + o_l[:, None] * WIDE + o_n[None, :], tl.zeros([BL, BN], p_dx.dtype.element_ty), m_B)
-            tl.store(p_out + E + H * N + i_h + o_l * WIDE, tl.zeros([BL], p_dx.dtype.element_ty), m_row)
-        else:
-            b_raw, b_factor, b_dt, b_step, A, b_total = steps_of(
-                p_in + E + H * N + i_h, p_of_dt, p_f, p_A_log, p_dt_bias, i_h, o_l, count, factor_row, ROW
-            )
-            b_uB = convolve(
-                p_in + at_B, b_shift_B, p_weight + at_B * TAPS, p_bias + at_B, o_l, count, o_n, m_n, ROW, TAPS
-            )
-            b_B = b_uB * sigmoid(b_uB)
-            b_ux = convolve(
-                p_in + at_x, b_shift_x, p_weight + at_x * TAPS, p_bias + at_x, o_l, count, o_p, m_p, ROW, TAPS
-            )
-            b_x = b_ux * sigmoid(b_ux)
-            b_dx = tl.zeros([BL, BP], tl.float32)
-            b_dB = tl.zeros([BL, BN], tl.float32)
-            b_dstep = tl.zeros([BL], tl.float32)
-            b_ends = tl.zeros([BL], tl.float64)
-            p_du = p_dC + (tl.cast(i, tl.int64) * M) * (H * N) + i_h * N
-            for j in range(J):
-                place = count - J + j
-                b_reached = reached(
-                    p_C + tl.cast(i, tl.int64) * M * ROW_C + i_h * N, j, count, o_k, o_n, m_n, ROW_C, TAPS, J
-                )
-                b_uC = b_bias + tl.sum(b_taps * b_reached, 0)
-                b_sigmoid = sigmoid(b_uC)
-                b_C = b_uC * b_sigmoid
-                b_decay = decay_to(b_total, o_l, place)
-                b_score = tl.sum(b_B * b_C[None, :], 1) * b_decay
-                p_from = p_dy + (tl.cast(i, tl.int64) * J + j) * E + at_x
-                b_dy = tl.load(p_from + o_p, mask=m_p & (place >= 0), other=0.0).to(tl.float32)
-                b_along = tl.sum(b_x * b_dy[None, :], 1)
-                b_here = tl.where(o_l == place, 1.0, 0.0)
-                b_weight = b_score * b_step
-                b_dM = b_along * b_step
-                if SKIP_DT:
-                    b_dD += b_here * b_dM
-                    b_weight += D * b_here * b_step
-                    b_dstep += b_along * (b_score + D * b_here)
-                else:
-                    b_dD += b_here * b_along
-                    b_weight += D * b_here
-                    b_dstep += b_along * b_score
-                b_dx += b_weight[:, None] * b_dy[None, :]
-                b_slope = b_dM * b_decay
-                b_dB += b_slope[:, None] * b_C[None, :]
-                b_duC = tl.sum(b_slope[:, None] * b_B, 0) * (b_sigmoid * (1.0 + b_uC * (1.0 - b_sigmoid)))
-                b_taps_C += b_reached * b_duC[None, :]
-                b_bias_C += b_duC
-                tl.store(p_du + j * (H * N) + o_n, b_duC.to(p_dC.dtype.element_ty), mask=m_n)
-                b_log = (b_dM * b_score).to(tl.float64)
-                b_ends += tl.where(o_l == place, tl.sum(b_log, 0), 0.0) - b_log
-            b_sigmoid = sigmoid(b_ux)
-            b_dx *= b_sigmoid * (1.0 + b_ux * (1.0 - b_sigmoid))
+        shift = tl.load(p_shift + at_dt).to(tl.float32)
+        p_shift_x = p_shift + at_x
+        p_shift_B = p_shift + at_B
+    p_f = p_factor
+    if p_factor is not None:
+        p_f = p_factor + i_h * factor_head
+    dt_bias = tl.load(p_dt_bias + i_h).to(tl.float32)
+    A = -tl.exp(tl.load(p_A_log + i_h).to(tl.float32))
+    wide_A = A.to(tl.float64) * LOG2E
+    D = tl.load(p_D + i_h).to(tl.float32)
+    b_shift_x = vector(p_shift_x, o_p, m_p)
+    b_shift_B = vector(p_shift_B, o_n, m_n)
+    p_weight_x = p_weight + at_x * TAPS
+    p_weight_B = p_weight + at_B * TAPS
+    x_0, B_0 = taps_of(p_weight_x, o_p, m_p, 0, TAPS), taps_of(p_weight_B, o_n, m_n, 0, TAPS)
+    x_1, B_1 = taps_of(p_weight_x, o_p, m_p, 1, TAPS), taps_of(p_weight_B, o_n, m_n, 1, TAPS)
+    x_2, B_2 = taps_of(p_weight_x, o_p, m_p, 2, TAPS), taps_of(p_weight_B, o_n, m_n, 2, TAPS)
+    x_3, B_3 = taps_of(p_weight_x, o_p, m_p, 3, TAPS), taps_of(p_weight_B, o_n, m_n, 3, TAPS)
+    b_bias_x = vector(p_bias + at_x, o_p, m_p)
+    b_bias_B = vector(p_bias + at_B, o_n, m_n)
+    b_tx0 = tl.zeros([BS, BP], tl.float32)
+    b_tx1 = tl.zeros([BS, BP], tl.float32)
+    b_tx2 = tl.zeros([BS, BP], tl.float32)
+    b_tx3 = tl.zeros([BS, BP], tl.float32)
+    b_tB0 = tl.zeros([BS, BN], tl.float32)
+    b_tB1 = tl.zeros([BS, BN], tl.float32)
+    b_tB2 = tl.zeros([BS, BN], tl.float32)
+    b_tB3 = tl.zeros([BS, BN], tl.float32)
+    b_dbias_x = tl.zeros([BS, BP], tl.float32)
+    b_dbias_B = tl.zeros([BS, BN], tl.float32)
+    b_sum_x = tl.zeros([BS, BP], tl.float32)
+    b_sum_B = tl.zeros([BS, BN], tl.float32)
+    b_tC0 = tl.zeros([BS, BN], tl.float32)
+    b_tC1 = tl.zeros([BS, BN], tl.float32)
+    b_tC2 = tl.zeros([BS, BN], tl.float32)
+    b_tC3 = tl.zeros([BS, BN], tl.float32)
+    b_dbias_C = tl.zeros([BS, BN], tl.float32)
+    b_sum_dt = tl.zeros([BS, BL], tl.float32)
+    b_dD = tl.zeros([BS], tl.float32)
+    b_dA = tl.zeros([BS, BL], tl.float32)
+    b_ddt_bias = tl.zeros([BS, BL], tl.float32)
+    for i in range(tl.program_id(1) * BS, sequences, tl.num_programs(1) * BS):
+        o_s = i + tl.arange(0, BS)
+        m_s = o_s < users
+        first, count, rows = spans(p_ends, p_lengths, o_s, sequences, length, PACKED)
+        place = count[None, :] - J + o_j[:, None]
+        # Nothing reads a place before the start, or a sequence behind the users'.
+        m_read = m_s[None, :] & (o_j < J)[:, None] & (place >= 0)
+        # Logarithms of decays up to each read place.
+        m_in = (o_l[None, :] < count[:, None]) & m_s[:, None]
+        b_raw, b_factor, b_dt = all_steps(
+            p_x + at_dt, p_f, first, o_s, o_l, m_in, shift, dt_bias, factor_batch, factor_row, ROW
+        )
+        b_steps = tl.where(m_in, softplus(b_dt), 0.0).to(tl.float64)
+        m_upto = o_l[None, None, :] <= place[:, :, None]
+        b_upto = tl.sum(tl.where(m_upto, b_steps[None, :, :], 0.0), 2)
+        b_uC = reads(
+            p_C + i_h * N, p_weight + at_C * TAPS, p_bias + at_C, o_s, o_j, count, m_s, o_n, m_n, J, TAPS, ROW_C
+        )
+        b_C = b_uC * sigmoid(b_uC)
+        o_y = (o_s.to(tl.int64)[None, :] * J + o_j[:, None])[:, :, None] * E + at_x + o_p[None, None, :]
+        b_dy = tl.load(p_dy + o_y, mask=m_read[:, :, None] & m_p[None, None, :], other=0.0).to(tl.float32)
+        b_dC = tl.zeros([BJ, BS, BN], tl.float32)
+        b_logs = tl.zeros([BJ, BS], tl.float32)
+        b_sofar = tl.zeros([BS], tl.float64)
+        b_dsteps = tl.zeros([BS, BL], tl.float32)
+        b_dlogs = tl.zeros([BS, BL], tl.float32)
+        b_x1 = tl.zeros([BS, BP], tl.float32)
+        b_x2 = tl.zeros([BS, BP], tl.float32)
+        b_x3 = tl.zeros([BS, BP], tl.float32)
+        b_B1 = tl.zeros([BS, BN], tl.float32)
+        b_B2 = tl.zeros([BS, BN], tl.float32)
+        b_B3 = tl.zeros([BS, BN], tl.float32)
+        b_dx1 = tl.zeros([BS, BP], tl.float32)
+        b_dx2 = tl.zeros([BS, BP], tl.float32)
+        b_dx3 = tl.zeros([BS, BP], tl.float32)
+        b_dB1 = tl.zeros([BS, BN], tl.float32)
+        b_dB2 = tl.zeros([BS, BN], tl.float32)
+        b_dB3 = tl.zeros([BS, BN], tl.float32)
+        b_next_x = raw(p_x + at_x, first, 0, count, b_shift_x, o_p, m_p, ROW)
+        b_next_B = raw(p_x + at_B, first, 0, count, b_shift_B, o_n, m_n, ROW)
+        last = tl.max(rows, 0)
+        for t in range(last):
+            b_x0 = b_next_x
+            b_B0 = b_next_B
+            b_next_x = raw(p_x + at_x, first, t + 1, count, b_shift_x, o_p, m_p, ROW)
+            b_next_B = raw(p_x + at_B, first, t + 1, count, b_shift_B, o_n, m_n, ROW)
+            m_here = (t < count) & m_s
+            b_step = step_at(p_x + at_dt, p_f, first, o_s, t, m_here, shift, dt_bias, factor_batch, factor_row, ROW)
+            b_sofar += b_step.to(tl.float64)
+            m_before = m_read & (place >= t)
+            b_between = ((b_upto - b_sofar[None, :]) * wide_A).to(tl.float32)
+            b_decay = tl.where(m_before, exp2(tl.where(m_before, b_between, 0.0)), 0.0)
+            b_uB = b_bias_B + B_0 * b_B0 + B_1 * b_B1 + B_2 * b_B2 + B_3 * b_B3
             b_sigmoid = sigmoid(b_uB)
-            b_dB *= b_sigmoid * (1.0 + b_uB * (1.0 - b_sigmoid))
-            m_x = (o_l < count)[:, None] & m_p[None, :]
-            m_B = (o_l < count)[:, None] & m_n[None, :]
-            p_to = p_out + at_x + o_l[:, None] * WIDE + o_p[None, :]
-            tl.store(p_to, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
-            p_to = p_out + at_B + o_l[:, None] * WIDE + o_n[None, :]
-            tl.store(p_to, b_dB.to(p_dx.dtype.element_ty), mask=m_B)
-            b_taps_x, b_bias_x = tap_sums(
-                b_taps_x, b_bias_x, p_in + at_x, b_shift_x, b_dx, o_l, count, o_k, o_p, m_p, ROW, TAPS
-            )
-            b_taps_B, b_bias_B = tap_sums(
-                b_taps_B, b_bias_B, p_in + at_B, b_shift_B, b_dB, o_l, count, o_k, o_n, m_n, ROW, TAPS
-            )
-            # What was written is read by other threads of the program, and then replaced.
-            tl.debug_barrier()
-            b_dC = tl.zeros([BM, BN], tl.float32)
-            for back in tl.static_range(TAPS):
-                # Tap TAPS - 1 - back of read place j lies at j + TAPS - 1 - back.
-                o_j = o_m - (TAPS - 1 - back)
-                mask = ((o_j >= 0) & (o_j < J))[:, None] & m_n[None, :]
-                b_d = tl.load(p_du + o_j[:, None] * (H * N) + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
-                b_dC += b_d * taps_of(p_weight + at_C * TAPS, o_n, m_n, TAPS, back)[None, :]
-            b_dC = tl.where((count - M + o_m >= 0)[:, None], b_dC, 0.0)
-            b_dx = raw_gradients(p_out + at_x, p_weight + at_x * TAPS, o_l, count, o_p, m_p, WIDE, TAPS)
-            b_dB = raw_gradients(p_out + at_B, p_weight + at_B * TAPS, o_l, count, o_n, m_n, WIDE, TAPS)
-            tl.debug_barrier()
-            m_C = (o_m < M)[:, None] & m_n[None, :]
-            tl.store(p_du + o_m[:, None] * (H * N) + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_C)
-            p_to = p_out + at_x + o_l[:, None] * WIDE + o_p[None, :]
-            tl.store(p_to, b_dx.to(p_dx.dtype.element_ty), mask=m_row[:, None] & m_p[None, :])
-            p_to = p_out + at_B + o_l[:, None] * WIDE + o_n[None, :]
-            tl.store(p_to, b_dB.to(p_dx.dtype.element_ty), mask=m_row[:, None] & m_n[None, :])
-            b_sum_x += tl.sum(b_dx, 0)
-            b_sum_B += tl.sum(b_dB, 0)
+            b_B = b_uB * b_sigmoid
+            b_slope_B = b_sigmoid * (1.0 + b_uB * (1.0 - b_sigmoid))
+            b_ux = b_bias_x + x_0 * b_x0 + x_1 * b_x1 + x_2 * b_x2 + x_3 * b_x3
+            b_sigmoid = sigmoid(b_ux)
+            b_x = b_ux * b_sigmoid
+            b_slope_x = b_sigmoid * (1.0 + b_ux * (1.0 - b_sigmoid))
+            b_score = tl.sum(b_C * b_B[None, :, :], 2) * b_decay
+            b_along = tl.sum(b_dy * b_x[None, :, :], 2)
+            b_here = tl.where(place == t, 1.0, 0.0)
+            b_dM = b_along * b_step[None, :]
+            if SKIP_DT:
+                b_weight = (b_score + D * b_here) * b_step[None, :]
+                b_dD += tl.sum(b_here * b_dM, 0)
+                b_dstep = tl.sum(b_along * (b_score + D * b_here), 0)
+            else:
+                b_weight = b_score * b_step[None, :] + D * b_here
+                b_dD += tl.sum(b_here * b_along, 0)
+                b_dstep = tl.sum(b_along * b_score, 0)
+            b_da = tl.sum(tl.where(m_before, b_logs, 0.0), 0)
+            b_logs += b_dM * b_score
+            b_slope = b_dM * b_decay
+            b_dx0 = tl.sum(b_weight[:, :, None] * b_dy, 0) * b_slope_x
+            b_dB0 = tl.sum(b_slope[:, :, None] * b_C, 0) * b_slope_B
+            b_dC += b_slope[:, :, None] * b_B[None, :, :]
 
-            b_da = tl.cumsum(b_ends, 0, reverse=True).to(tl.float32)
-            b_dA += b_da * b_step * A
-            b_ddt = tl.where(o_l < count, (b_dstep + b_da * A) * sigmoid(b_dt), 0.0)
-            b_ddt_bias += b_ddt
-            p_to = p_out + E + H * N + i_h + o_l * WIDE
-            b_sum_dt += b_ddt * b_factor
-            tl.store(p_to, (b_ddt * b_factor).to(p_dx.dtype.element_ty), mask=m_row)
-            if p_factor is not None:
-                p_to = p_dfactor + (tl.cast(i, tl.int64) * factor_places + o_l) * H + i_h
-                tl.store(p_to, (b_ddt * b_raw).to(p_dfactor.dtype.element_ty), mask=o_l < factor_places)
-    store_taps(p_sums, b_taps_x, b_bias_x, at_x, o_k, o_p, m_p, CHANNELS, TAPS)
-    store_taps(p_sums, b_taps_B, b_bias_B, at_B, o_k, o_n, m_n, CHANNELS, TAPS)
-    store_taps(p_sums, b_taps_C, b_bias_C, at_C, o_k, o_n, m_n, CHANNELS, TAPS)
+            m_now = o_l[None, :] == t
+            b_dsteps += tl.where(m_now, b_dstep[:, None], 0.0)
+            b_dlogs += tl.where(m_now, b_da[:, None], 0.0)
+            b_tx0 += b_dx0 * b_x0
+            b_tx1 += b_dx0 * b_x1
+            b_tx2 += b_dx0 * b_x2
+            b_tx3 += b_dx0 * b_x3
+            b_dbias_x += b_dx0
+            b_tB0 += b_dB0 * b_B0
+            b_tB1 += b_dB0 * b_B1
+            b_tB2 += b_dB0 * b_B2
+            b_tB3 += b_dB0 * b_B3
+            b_dbias_B += b_dB0
+            b_d = x_0 * b_dx3 + x_1 * b_dx2 + x_2 * b_dx1 + x_3 * b_dx0
+            b_sum_x += tl.where(t >= 3, b_d, 0.0)
+            store_raw(p_dx + at_x, first, t - 3, rows, b_d, o_p, m_p, WIDE)
+            b_d = B_0 * b_dB3 + B_1 * b_dB2 + B_2 * b_dB1 + B_3 * b_dB0
+            b_sum_B += tl.where(t >= 3, b_d, 0.0)
+            store_raw(p_dx + at_B, first, t - 3, rows, b_d, o_n, m_n, WIDE)
+            b_x3, b_x2, b_x1 = b_x2, b_x1, b_x0
+            b_B3, b_B2, b_B1 = b_B2, b_B1, b_B0
+            b_dx3, b_dx2, b_dx1 = b_dx2, b_dx1, b_dx0
+            b_dB3, b_dB2, b_dB1 = b_dB2, b_dB1, b_dB0
+        # The last three places.
+        for t in tl.static_range(3):
+            b_d = x_0 * b_dx3 + x_1 * b_dx2 + x_2 * b_dx1
+            b_sum_x += tl.where(last + t >= 3, b_d, 0.0)
+            store_raw(p_dx + at_x, first, last + t - 3, rows, b_d, o_p, m_p, WIDE)
+            b_d = B_0 * b_dB3 + B_1 * b_dB2 + B_2 * b_dB1
+            b_sum_B += tl.where(last + t >= 3, b_d, 0.0)
+            store_raw(p_dx + at_B, first, last + t - 3, rows, b_d, o_n, m_n, WIDE)
+            b_dx3, b_dx2, b_dx1 = b_dx2, b_dx1, tl.zeros([BS, BP], tl.float32)
+            b_dB3, b_dB2, b_dB1 = b_dB2, b_dB1, tl.zeros([BS, BN], tl.float32)
+
+        # The step sizes, all places at once.
+        b_raw, b_factor, b_dt = all_steps(
+            p_x + at_dt, p_f, first, o_s, o_l, m_in, shift, dt_bias, factor_batch, factor_row, ROW
+        )
+        b_dA += tl.where(m_in, b_dlogs * softplus(b_dt), 0.0)
+        b_ddt = tl.where(m_in, (b_dsteps + b_dlogs * A) * sigmoid(b_dt), 0.0)
+        b_ddt_bias += b_ddt
+        b_sum_dt += b_ddt * b_factor
+        m_out = o_l[None, :] < rows[:, None]
+        p_to = p_dx + (first[:, None] + o_l[None, :]) * WIDE + at_dt
+        tl.store(p_to, (b_ddt * b_factor).to(p_dx.dtype.element_ty), mask=m_out)
+        if p_factor is not None:
+            p_to = p_dfactor + (o_s.to(tl.int64)[:, None] * factor_places + o_l[None, :]) * H + i_h
+            tl.store(p_to, (b_ddt * b_raw).to(p_dfactor.dtype.element_ty), mask=m_in)
+
+        # The convolution of C, a place of the result at a time.
+        b_duC = b_dC * slope(b_uC)
+        m_C = m_s[:, None] & m_n[None, :]
+        for j in tl.static_range(J):
+            b_d = tl.sum(tl.where((o_j == j)[:, None, None], b_duC, 0.0), 0)
+            b_dbias_C += b_d
+            for back in tl.static_range(TAPS):
+                m_back = m_C & (count - J + j - back >= 0)[:, None]
+                o_row = o_s.to(tl.int64) * M + j + TAPS - 1 - back
+                b_from = tl.load(p_C + i_h * N + o_row[:, None] * ROW_C + o_n[None, :], mask=m_back, other=0.0)
+                b_grad = b_d * b_from.to(tl.float32)
+                if back == 0:
+                    b_tC0 += b_grad
+                elif back == 1:
+                    b_tC1 += b_grad
+                elif back == 2:
+                    b_tC2 += b_grad
+                else:
+                    b_tC3 += b_grad
+        for m in tl.static_range(M):
+            b_d = tl.zeros([BS, BN], tl.float32)
+            for back in tl.static_range(TAPS):
+                j = m - (TAPS - 1) + back
+                if j >= 0 and j < J:
+                    b_part = tl.sum(tl.where((o_j == j)[:, None, None], b_duC, 0.0), 0)
+                    b_d += b_part * taps_of(p_weight + at_C * TAPS, o_n, m_n, back, TAPS)
+            b_d = tl.where((count - M + m >= 0)[:, None], b_d, 0.0)
+            o_row = o_s.to(tl.int64) * M + m
+            p_to = p_dC + o_row[:, None] * (H * N) + i_h * N + o_n[None, :]
+            tl.store(p_to, b_d.to(p_dC.dtype.element_ty), mask=m_C)
+    store_taps(p_sums, b_tx0, b_tx1, b_tx2, b_tx3, b_dbias_x, at_x, o_p, m_p, CHANNELS, TAPS)
+    store_taps(p_sums, b_tB0, b_tB1, b_tB2, b_tB3, b_dbias_B, at_B, o_n, m_n, CHANNELS, TAPS)
+    store_taps(p_sums, b_tC0, b_tC1, b_tC2, b_tC3, b_dbias_C, at_C, o_n, m_n, CHANNELS, TAPS)
     p_in_sums = p_sums + CHANNELS * (TAPS + 1) + 3 * H
-    tl.store(p_in_sums + at_x + o_p, b_sum_x, mask=m_p)
-    tl.store(p_in_sums + at_B + o_n, b_sum_B, mask=m_n)
-    tl.store(p_in_sums + E + H * N + i_h, tl.sum(b_sum_dt, 0))
+    tl.store(p_in_sums + at_x + o_p, tl.sum(b_sum_x, 0), mask=m_p)
+    tl.store(p_in_sums + at_B + o_n, tl.sum(b_sum_B, 0), mask=m_n)
+    tl.store(p_in_sums + at_dt, tl.sum(tl.sum(b_sum_dt, 1), 0))
     p_sums += CHANNELS * (TAPS + 1) + i_h
     tl.store(p_sums, tl.sum(b_dD, 0))
-    tl.store(p_sums + H, tl.sum(b_dA, 0))
-    tl.store(p_sums + 2 * H, tl.sum(b_ddt_bias, 0))
+    tl.store(p_sums + H, tl.sum(tl.sum(b_dA, 1), 0) * A)
+    tl.store(p_sums + 2 * H, tl.sum(tl.sum(b_ddt_bias, 1), 0))
 
 
 def _sizes(xBdt: torch.Tensor, C: torch.Tensor, weight: torch.Tensor, A_log: torch.Tensor, read: int) -> dict[str, int]:
@@ -456,17 +525,13 @@ def _sizes(xBdt: torch.Tensor, C: torch.Tensor, weight: torch.Tensor, A_log: tor
         "ROW_C": C.stride(1),
         "BP": tile(width // heads),
         "BN": tile(states),
-        "BK": triton.next_power_of_2(weight.shape[1]),
+        "BJ": triton.next_power_of_2(read),
     }
 
 
-def _rows(longest: int, factor: torch.Tensor | None) -> int:
-    return tile(longest if factor is None else max(longest, factor.shape[1]))
-
-
 def _strides(factor: torch.Tensor | None) -> dict[str, int]:
-    batch, row, head, places = (0, 0, 0, 0) if factor is None else (*factor.stride(), factor.shape[1])
-    return {"factor_batch": batch, "factor_row": row, "factor_head": head, "factor_places": places}
+    batch, row, head = (0, 0, 0) if factor is None else factor.stride()
+    return {"factor_batch": batch, "factor_row": row, "factor_head": head}
 
 
 def forward(
@@ -493,7 +558,7 @@ def forward(
     sizes = _sizes(xBdt, C, weight, A_log, read)
     y = torch.empty(users, read, sizes["H"] * sizes["P"], dtype=xBdt.dtype, device=xBdt.device)
     if users:
-        tail_forward[(sizes["H"], users)](
+        tail_forward[(sizes["H"], triton.cdiv(users, FORWARD["BS"]))](
             xBdt,
             shift,
             C,
@@ -506,12 +571,12 @@ def forward(
             ends,
             lengths,
             y,
+            users,
             xBdt.shape[1],
             **_strides(factor),
             **sizes,
             PACKED=ends is not None,
             SKIP_DT=skip_dt,
-            BL=_rows(longest, factor),
             **FORWARD,
         )
     return y
@@ -542,9 +607,11 @@ def backward(
     sizes = _sizes(xBdt, C, weight, A_log, read)
     d_xBdt = torch.empty(xBdt.shape, dtype=xBdt.dtype, device=xBdt.device)
     d_C = torch.empty(C.shape, dtype=C.dtype, device=C.device)
-    d_factor = xBdt.new_empty(0) if factor is None else torch.empty_like(factor, memory_format=torch.contiguous_format)
+    d_factor = xBdt.new_empty(0) if factor is None else torch.zeros_like(factor, memory_format=torch.contiguous_format)
     sequences = users if ends is None else ends.numel() - 1
-    programs = max(1, min(sequences, processors(xBdt) * PROGRAMS))
+    options = dict(next(each for most, each in BACKWARD.items() if read <= most))
+    tiles = triton.cdiv(sequences, options["BS"])
+    programs = max(1, min(tiles, processors(xBdt) * options.pop("programs") // sizes["H"]))
     sums = torch.empty(programs, weight.numel() + bias.numel() + 3 * sizes["H"] + xBdt.shape[-1], device=xBdt.device)
     tail_backward[(sizes["H"], programs)](
         grad.contiguous(),
@@ -567,11 +634,11 @@ def backward(
         users,
         xBdt.shape[1],
         **_strides(factor),
+        factor_places=0 if factor is None else factor.shape[1],
         **sizes,
         PACKED=ends is not None,
         SKIP_DT=skip_dt,
-        BL=_rows(longest, factor),
-        BM=triton.next_power_of_2(read + weight.shape[1] - 1),
-        **BACKWARD,
+        BL=triton.next_power_of_2(longest),
+        **options,
     )
     return d_xBdt, d_C, d_factor, summed(sums[None]).squeeze(0)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mmm4rec_kernels import second
 from mmm4rec_kernels.backend import by_kernel, interpreting
 from mmm4rec_kernels.rows import ops
 
-__all__ = ["dropout", "hardswish_dropout", "linear", "residual_norm", "seeds_at_once", "unit_sum"]
+__all__ = ["dropout", "hardswish_dropout", "linear", "linear_and_rows", "residual_norm", "seeds_at_once", "unit_sum"]
 
 MAX_WIDTH = 8192
 """Widest row that the kernels take."""
@@ -45,7 +46,12 @@ def seed(x: torch.Tensor, p: float, training: bool) -> torch.Tensor | None:
     """A draw from torch's own generator, on the device, so that dropout follows `torch.manual_seed`; None for none."""
     if not training or p == 0:
         return None
-    return _drawn.pop() if _drawn else torch.randint(1 << 62, (1,), device=x.device)
+    if not _drawn:
+        return torch.randint(1 << 62, (1,), device=x.device)
+    drawn = _drawn.pop()
+    if drawn.is_cuda:
+        drawn.record_stream(torch.cuda.current_stream())  # that of the draw may be another
+    return drawn
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
@@ -65,11 +71,12 @@ def residual_norm(
     *,
     residual: torch.Tensor | None = None,
     other: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
     p: float = 0.0,
     training: bool = False,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """Layer norm of dropout(x) + residual + other.
+    """Layer norm of dropout(x + shift) + residual + other.
 
     Args:
         x: [..., D], or [n, S, D] where every group has weights of its own.
@@ -77,7 +84,8 @@ def residual_norm(
         bias: like weight.
         residual: added to it, shaped as x, or None.
         other: likewise.
-        p: probability of dropout, on x alone.
+        shift: [D], added to x, or None: the bias of a linear layer, whose gradient then costs no pass of its own.
+        p: probability of dropout, on x and shift alone.
         training: dropout is drawn.
         eps: added to the variance inside the root.
 
@@ -88,7 +96,7 @@ def residual_norm(
         x = x.float()
         residual, other = (t if t is None else t.float() for t in (residual, other))
     if not _by_kernel(x) or x.shape[-1] > MAX_WIDTH:
-        total = dropout(x, p, training)
+        total = dropout(x if shift is None else x + shift, p, training)
         for added in (residual, other):
             total = total if added is None else total + added
         if weight.dim() == 1:
@@ -100,16 +108,18 @@ def residual_norm(
     flat = [None if t is None else t.contiguous().view(groups, -1, t.shape[-1]) for t in (x, residual, other)]
     assert flat[0] is not None
     weights = [w.contiguous().view(groups, -1) for w in (weight, bias)]
-    out, _ = ops.norm_forward(flat[0], flat[1], flat[2], *weights, seed(x, p, training), p, eps)
+    out, _ = ops.norm_forward(flat[0], flat[1], flat[2], *weights, seed(x, p, training), p, eps, shift)
     result: torch.Tensor = out.view(x.shape)
     return result
 
 
-def hardswish_dropout(x: torch.Tensor, *, p: float = 0.0, training: bool = False) -> torch.Tensor:
-    """Dropout of hardswish(x) = x clip(x + 3, 0, 6) / 6, any shape."""
+def hardswish_dropout(
+    x: torch.Tensor, *, shift: torch.Tensor | None = None, p: float = 0.0, training: bool = False
+) -> torch.Tensor:
+    """Dropout of hardswish(x + shift), where hardswish(x) = x clip(x + 3, 0, 6) / 6; x [..., D], shift [D] or None."""
     if not _by_kernel(x):
-        return dropout(F.hardswish(x), p, training)
-    result: torch.Tensor = ops.hardswish_forward(x.contiguous(), seed(x, p, training), p)
+        return dropout(F.hardswish(x if shift is None else x + shift), p, training)
+    result: torch.Tensor = ops.hardswish_forward(x.contiguous(), seed(x, p, training), p, shift)
     return result
 
 
@@ -121,28 +131,92 @@ def unit_sum(a: torch.Tensor, b: torch.Tensor, *, scale: float = 1.0, least: flo
     return (F.normalize(a, dim=-1, eps=least) + F.normalize(b, dim=-1, eps=least)) * scale
 
 
-class _Linear(torch.autograd.Function):
-    """As F.linear, but for the gradient of the bias, which torch sums several times slower than the memory allows."""
+class _Weights(torch.autograd.Function):
+    """Stands for weights and bias of a linear layer: gives nothing that is read, and takes the gradient of its result.
+
+    Called on the second stream, so that their gradients are found there, beside those of what lies before the layer.
+    The bias's is summed by a kernel: torch's own sum takes several times as long as the memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+    def forward(ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.biased = bias is not None
+        return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        if x.is_cuda:
+            x.record_stream(torch.cuda.current_stream())
         rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-        d_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        d_weight = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        d_bias = ops.sum_rows(rows).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return d_x, d_weight, d_bias
+        d_weight = rows.T @ x.reshape(-1, x.shape[-1])
+        return d_weight, ops.sum_rows(rows).to(x.dtype) if ctx.biased else None, None
+
+
+class _Linear(torch.autograd.Function):
+    """As F.linear, with `weights` for the gradients of weight and bias.
+
+    With an index also rows of x, whose gradient is added where that of the product lies: no gradient of x's size comes
+    from them alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        weights: torch.Tensor,
+        index: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.save_for_backward(weight, index)
+        return F.linear(x, weight, bias), None if index is None else x.index_select(0, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, d_rows: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        weight, index = ctx.saved_tensors
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = (grad.reshape(-1, grad.shape[-1]) @ weight).view(*grad.shape[:-1], weight.shape[1])
+            if index is not None and d_rows is not None:
+                d_x.index_add_(0, index, d_rows)
+        return d_x, None, None, grad, None
+
+
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    with second.on_second_stream(x):
+        weights = _Weights.apply(weight, bias, x.detach())  # type: ignore[no-untyped-call]
+    fixed = None if bias is None else bias.detach()
+    result: tuple[torch.Tensor, torch.Tensor | None]
+    result = _Linear.apply(x, weight.detach(), fixed, weights, index)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _as_torch(x: torch.Tensor) -> bool:
+    return not _by_kernel(x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """X weightᵀ + bias; [..., D] in, [..., C] out, weight [C, D], bias [C] or None."""
-    if bias is None or not _by_kernel(x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+    if _as_torch(x) or not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    result: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return result
+    return _linear(x, weight, bias, None)[0]
+
+
+def linear_and_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear` of x [S, D], and the rows of x by an index [N] int64: their two gradients cost one pass.
+
+    A row that the index repeats may have a gradient other than 0 from one of its places alone.
+    """
+    if _as_torch(x):
+        return F.linear(x, weight, bias), x.index_select(0, index)
+    out, rows = _linear(x, weight, bias, index)
+    assert rows is not None
+    return out, rows

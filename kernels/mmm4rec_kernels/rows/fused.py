@@ -36,6 +36,7 @@ def residual_norm_forward(
     p_weight,
     p_bias,
     p_seed,
+    p_shift,
     p_out,
     p_sum,
     rows,
@@ -51,6 +52,8 @@ def residual_norm_forward(
     mask = (o_r < rows)[:, None] & (o_d < D)[None, :]
     o_element = (i_n * rows + o_r).to(tl.int64)[:, None] * D + o_d[None, :]
     b_h = tl.load(p_x + o_element, mask=mask, other=0.0).to(tl.float32)
+    if p_shift is not None:
+        b_h += tl.load(p_shift + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     if p_seed is not None:
         b_h *= _kept(p_seed, o_element, p)
     if p_residual is not None:
@@ -79,6 +82,7 @@ def residual_norm_backward(
     rows,
     p,
     eps,
+    SUMS: tl.constexpr,
     D: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
@@ -88,6 +92,7 @@ def residual_norm_backward(
     b_weight = tl.load(p_weight + i_n * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_dweight = tl.zeros([BD], tl.float32)
     b_dbias = tl.zeros([BD], tl.float32)
+    b_dshift = tl.zeros([BD], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0)):
         o_r = block * BR + tl.arange(0, BR)
         mask = (o_r < rows)[:, None] & (o_d < D)[None, :]
@@ -109,9 +114,13 @@ def residual_norm_backward(
             b_dh *= _kept(p_seed, o_element, p)
         if p_dx is not None:
             tl.store(p_dx + o_element, b_dh.to(p_dx.dtype.element_ty), mask=mask)
-    o_sums = (i_n * tl.num_programs(0) + tl.program_id(0)) * 2 * D + o_d
+        if SUMS > 2:
+            b_dshift += tl.sum(tl.where(mask, b_dh, 0.0), 0)
+    o_sums = (i_n * tl.num_programs(0) + tl.program_id(0)) * SUMS * D + o_d
     tl.store(p_sums + o_sums, b_dweight, mask=o_d < D)
     tl.store(p_sums + o_sums + D, b_dbias, mask=o_d < D)
+    if SUMS > 2:
+        tl.store(p_sums + o_sums + 2 * D, b_dshift, mask=o_d < D)
 
 
 @triton.jit
@@ -127,10 +136,12 @@ def column_sums(p_x, p_sums, rows, columns, stride, BR: tl.constexpr, BC: tl.con
 
 
 @triton.jit
-def activation_forward(p_x, p_seed, p_out, size, p, BLOCK: tl.constexpr):
+def activation_forward(p_x, p_seed, p_shift, p_out, size, p, D: tl.constexpr, BLOCK: tl.constexpr):
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_x < size
     b_x = tl.load(p_x + o_x, mask=mask, other=0.0).to(tl.float32)
+    if p_shift is not None:
+        b_x += tl.load(p_shift + o_x % D, mask=mask, other=0.0).to(tl.float32)
     b_out = b_x * tl.minimum(tl.maximum(b_x + 3.0, 0.0), 6.0) * (1.0 / 6.0)
     if p_seed is not None:
         b_out *= _kept(p_seed, o_x, p)
@@ -138,15 +149,29 @@ def activation_forward(p_x, p_seed, p_out, size, p, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def activation_backward(p_grad, p_x, p_seed, p_dx, size, p, BLOCK: tl.constexpr):
-    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o_x < size
-    b_x = tl.load(p_x + o_x, mask=mask, other=0.0).to(tl.float32)
-    b_dx = tl.load(p_grad + o_x, mask=mask, other=0.0).to(tl.float32)
-    if p_seed is not None:
-        b_dx *= _kept(p_seed, o_x, p)
-    b_slope = tl.where(b_x <= -3.0, 0.0, tl.where(b_x < 3.0, b_x * (1.0 / 3.0) + 0.5, 1.0))
-    tl.store(p_dx + o_x, (b_dx * b_slope).to(p_dx.dtype.element_ty), mask=mask)
+def activation_backward(
+    p_grad, p_x, p_seed, p_shift, p_dx, p_sums, rows, p, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
+):
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    b_shift = tl.zeros([BD], tl.float32)
+    b_dshift = tl.zeros([BD], tl.float32)
+    if p_shift is not None:
+        b_shift = tl.load(p_shift + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0)):
+        o_r = block * BR + tl.arange(0, BR)
+        mask = (o_r < rows)[:, None] & (o_d < D)[None, :]
+        o_x = o_r.to(tl.int64)[:, None] * D + o_d[None, :]
+        b_x = tl.load(p_x + o_x, mask=mask, other=0.0).to(tl.float32) + b_shift[None, :]
+        b_dx = tl.load(p_grad + o_x, mask=mask, other=0.0).to(tl.float32)
+        if p_seed is not None:
+            b_dx *= _kept(p_seed, o_x, p)
+        b_slope = tl.where(b_x <= -3.0, 0.0, tl.where(b_x < 3.0, b_x * (1.0 / 3.0) + 0.5, 1.0))
+        b_dx *= b_slope
+        tl.store(p_dx + o_x, b_dx.to(p_dx.dtype.element_ty), mask=mask)
+        if p_sums is not None:
+            b_dshift += tl.sum(tl.where(mask, b_dx, 0.0), 0)
+    if p_sums is not None:
+        tl.store(p_sums + tl.program_id(0).to(tl.int64) * D + o_d, b_dshift, mask=o_d < D)
 
 
 @triton.jit
@@ -232,6 +257,7 @@ def norm_forward(
     seed: torch.Tensor | None,
     p: float,
     eps: float,
+    shift: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Result and the sum before the norm, [n, S, D]; all inputs contiguous."""
     groups, rows, width = x.shape
@@ -239,7 +265,9 @@ def norm_forward(
     tile = _tile(width)
     if x.numel():
         grid = (triton.cdiv(rows, tile["BR"]), groups)
-        residual_norm_forward[grid](x, residual, other, weight, bias, seed, out, total, rows, p, eps, D=width, **tile)
+        residual_norm_forward[grid](
+            x, residual, other, weight, bias, seed, shift, out, total, rows, p, eps, D=width, **tile
+        )
     return out, total
 
 
@@ -252,14 +280,19 @@ def norm_backward(
     eps: float,
     want_x: bool,
     want_sum: bool,
+    want_shift: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x and of what was added to it (empty where not wanted), and of weight and bias [n, 2, D] float32."""
+    """Gradients of x and of what was added to it (empty where not wanted), and in float32 those of the vectors.
+
+    [n, 2, D] of weight and bias, or [n, 3, D] with the shift's.
+    """
     groups, rows, width = total.shape
     d_x = torch.empty_like(total) if want_x else total.new_empty(0)
     d_sum = torch.empty_like(total) if want_sum else total.new_empty(0)
     tile = _tile(width)
     programs = max(1, min(triton.cdiv(rows, tile["BR"]), processors(total) * PROGRAMS // groups))
-    sums = torch.empty(groups, programs, 2, width, dtype=torch.float32, device=total.device)
+    vectors = 3 if want_shift else 2
+    sums = torch.empty(groups, programs, vectors, width, dtype=torch.float32, device=total.device)
     residual_norm_backward[(programs, groups)](
         grad.contiguous(),
         total,
@@ -271,6 +304,7 @@ def norm_backward(
         rows,
         p,
         eps,
+        SUMS=vectors,
         D=width,
         **tile,
     )
@@ -289,20 +323,32 @@ def sum_rows(x: torch.Tensor) -> torch.Tensor:
     return summed(sums[None]).squeeze(0)
 
 
-def hardswish(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
-    """Dropout of hardswish of a contiguous tensor."""
+def hardswish(x: torch.Tensor, seed: torch.Tensor | None, p: float, shift: torch.Tensor | None) -> torch.Tensor:
+    """Dropout of hardswish of a contiguous tensor plus shift [D]."""
     out = torch.empty_like(x)
     if x.numel():
-        activation_forward[(triton.cdiv(x.numel(), 1024),)](x, seed, out, x.numel(), p, BLOCK=1024)
+        grid = (triton.cdiv(x.numel(), 1024),)
+        activation_forward[grid](x, seed, shift, out, x.numel(), p, D=x.shape[-1], BLOCK=1024)
     return out
 
 
-def hardswish_backward(grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
-    """Gradient of x."""
-    d_x = torch.empty_like(x)
-    if x.numel():
-        activation_backward[(triton.cdiv(x.numel(), 1024),)](grad.contiguous(), x, seed, d_x, x.numel(), p, BLOCK=1024)
-    return d_x
+def hardswish_backward(
+    grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, p: float, shift: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x, and of shift in float32 (empty without one)."""
+    d_x, width = torch.empty_like(x), x.shape[-1]
+    if not x.numel():
+        return d_x, x.new_zeros(0 if shift is None else width, dtype=torch.float32)
+    rows, columns = x.numel() // width, min(256, triton.next_power_of_2(width))
+    height, wide = ELEMENTS // columns, triton.cdiv(width, columns)
+    programs = triton.cdiv(rows, height)
+    if shift is not None:
+        programs = min(programs, -(-processors(x) * PROGRAMS // wide))
+    sums = None if shift is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    activation_backward[(programs, wide)](
+        grad.contiguous(), x, seed, shift, d_x, sums, rows, p, D=width, BR=height, BD=columns, num_warps=4
+    )
+    return d_x, x.new_empty(0, dtype=torch.float32) if sums is None else summed(sums[None]).squeeze(0)
 
 
 def unit_sum(a: torch.Tensor, b: torch.Tensor, scale: float, least: float) -> torch.Tensor:

@@ -20,11 +20,12 @@ def norm_forward(
     seed: torch.Tensor | None,
     p: float,
     eps: float,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Result and the sum before the norm, [n, S, D]."""
+    """Result and the sum before the norm, [n, S, D]; shift is [D]."""
     from mmm4rec_kernels.rows import fused
 
-    return fused.norm_forward(x, residual, other, weight, bias, seed, p, eps)
+    return fused.norm_forward(x, residual, other, weight, bias, seed, p, eps, shift)
 
 
 @norm_forward.register_fake
@@ -42,11 +43,15 @@ def norm_backward(
     eps: float,
     want_x: bool,
     want_sum: bool,
+    want_shift: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, of what was added (empty where not wanted) and, in float32, of weight and bias [n, 2, D]."""
+    """Gradients of x, of what was added (empty where not wanted) and, in float32, of weight, bias and shift [n, 3, D].
+
+    Without a shift these are [n, 2, D].
+    """
     from mmm4rec_kernels.rows import fused
 
-    return fused.norm_backward(grad, total, weight, seed, p, eps, want_x, want_sum)
+    return fused.norm_backward(grad, total, weight, seed, p, eps, want_x, want_sum, want_shift)
 
 
 @norm_backward.register_fake
@@ -59,32 +64,34 @@ def _norm_backward_shapes(
     eps: float,
     want_x: bool,
     want_sum: bool,
+    want_shift: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         torch.empty_like(total) if want_x else total.new_empty(0),
         torch.empty_like(total) if want_sum else total.new_empty(0),
-        weight.new_empty(weight.shape[0], 2, weight.shape[1], dtype=torch.float32),
+        weight.new_empty(weight.shape[0], 3 if want_shift else 2, weight.shape[1], dtype=torch.float32),
     )
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    _x, residual, other, weight, bias, seed, ctx.p, ctx.eps = inputs
+    _x, residual, other, weight, bias, seed, ctx.p, ctx.eps, shift = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.added = residual is not None, other is not None
-    ctx.bias_dtype = bias.dtype
+    ctx.bias_dtype, ctx.shift_dtype = bias.dtype, None if shift is None else shift.dtype
     ctx.save_for_backward(output[1], weight, seed)
 
 
 def _backward_norm(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     total, weight, seed = ctx.saved_tensors
     added = any(ctx.added)
     # Without dropout x and what is added to it have one gradient.
     apart = seed is not None or not added
-    d_x, d_sum, d_weights = norm_backward(grad, total, weight, seed, ctx.p, ctx.eps, apart, added)
-    d_weight, d_bias = d_weights.unbind(1)
+    shifted = ctx.shift_dtype is not None
+    d_x, d_sum, d_vectors = norm_backward(grad, total, weight, seed, ctx.p, ctx.eps, apart, added, shifted)
+    d_weight, d_bias, *d_shift = d_vectors.unbind(1)
     return (
         d_x if apart else d_sum,
         d_sum if ctx.added[0] else None,
@@ -94,6 +101,7 @@ def _backward_norm(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) 
         None,
         None,
         None,
+        (d_shift[0].squeeze(0) if len(weight) == 1 else d_shift[0].sum(0)).to(ctx.shift_dtype) if shifted else None,
     )
 
 
@@ -114,11 +122,13 @@ def _sum_shapes(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("mmm4rec_kernels::hardswish", mutates_args=())
-def hardswish_forward(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
-    """Dropout of hardswish."""
+def hardswish_forward(
+    x: torch.Tensor, seed: torch.Tensor | None, p: float, shift: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Dropout of hardswish of x [..., D] + shift [D]."""
     from mmm4rec_kernels.rows import fused
 
-    return fused.hardswish(x, seed, p)
+    return fused.hardswish(x, seed, p, shift)
 
 
 @hardswish_forward.register_fake
@@ -127,26 +137,31 @@ def _hardswish_shapes(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 
 @torch.library.custom_op("mmm4rec_kernels::hardswish_backward", mutates_args=())
-def hardswish_backward(grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
-    """Gradient of x."""
+def hardswish_backward(
+    grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, p: float, shift: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and, in float32, of shift (empty without one)."""
     from mmm4rec_kernels.rows import fused
 
-    return fused.hardswish_backward(grad, x, seed, p)
+    return fused.hardswish_backward(grad, x, seed, p, shift)
 
 
 @hardswish_backward.register_fake
-def _hardswish_backward_shapes(grad: torch.Tensor, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    return torch.empty_like(x)
+def _hardswish_backward_shapes(
+    grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, p: float, shift: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), x.new_empty(0 if shift is None else x.shape[-1], dtype=torch.float32)
 
 
 def _save_hardswish(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, seed, ctx.p = inputs
-    ctx.save_for_backward(x, seed)
+    x, seed, ctx.p, shift = inputs
+    ctx.save_for_backward(x, seed, shift)
 
 
 def _backward_hardswish(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, seed = ctx.saved_tensors
-    return hardswish_backward(grad, x, seed, ctx.p), None, None
+    x, seed, shift = ctx.saved_tensors
+    d_x, d_shift = hardswish_backward(grad, x, seed, ctx.p, shift)
+    return d_x, None, None, None if shift is None else d_shift.to(shift.dtype)
 
 
 hardswish_forward.register_autograd(_backward_hardswish, setup_context=_save_hardswish)

@@ -33,7 +33,7 @@ LEAST = tl.constexpr(-1e38)
 def row_softmax(
     p_score, p_target, p_loss, p_total, p_slope, columns, in_row, first, ALIGN: tl.constexpr, BC: tl.constexpr
 ):
-    """One row: loss, logarithm of the sum, and softmax minus one at the target."""
+    """One row: loss, logarithm of the sum, and softmax minus one at the target; zero in the columns that fill it up."""
     i_row = tl.program_id(0).to(tl.int64)
     p_score += i_row * in_row * ALIGN
     p_slope += i_row * in_row * ALIGN
@@ -54,12 +54,11 @@ def row_softmax(
     tl.store(p_loss + i_row, (top - own) + tl.log(total))
     tl.store(p_total + i_row, top + tl.log(total))
     scale = 1.0 / total
-    for begin in range(0, columns, BC):
-        m_c = begin + o_c < columns
-        b_score = tl.load(p_score + begin + o_c, mask=m_c, other=LEAST)
+    for begin in range(0, in_row * ALIGN, BC):
+        b_score = tl.load(p_score + begin + o_c, mask=begin + o_c < columns, other=-float("inf"))
         b_slope = tl.exp2((b_score - top) * LOG2E) * scale
         b_slope -= tl.where(begin + o_c == target, 1.0, 0.0)
-        tl.store(p_slope + begin + o_c, b_slope.to(p_slope.dtype.element_ty), mask=m_c)
+        tl.store(p_slope + begin + o_c, b_slope.to(p_slope.dtype.element_ty), mask=begin + o_c < in_row * ALIGN)
 
 
 @triton.jit
@@ -196,6 +195,17 @@ def _slopes_buffer(score: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return score if query.dtype == score.dtype else torch.empty_like(score, dtype=query.dtype)
 
 
+def _filled(table: torch.Tensor) -> torch.Tensor:
+    """The table with rows of zeros up to a whole stride: products of other sizes take several times as long."""
+    rows = len(table)
+    if rows == stride(rows):
+        return table
+    filled = table.new_empty(stride(rows), table.shape[1])
+    filled[:rows] = table
+    filled[rows:] = 0
+    return filled
+
+
 def cross_entropy(
     query: torch.Tensor, table: torch.Tensor, target: torch.Tensor, first: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -208,7 +218,7 @@ def cross_entropy(
     score = torch.empty(queries, columns, dtype=torch.float32, device=query.device)
     if keep:
         slope = _slopes_buffer(score, query)
-        _product(query, table[first:].T, score[:, :rows])
+        _product(query, _filled(table[first:]).T, score)
         unit = align(columns)
         taken = min(COLUMNS, triton.next_power_of_2(rows))
         row_softmax[(queries,)](
@@ -251,7 +261,8 @@ def cross_entropy_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the queries and of the table, in their dtypes."""
     queries, rows = len(query), len(table) - first
-    d_table = torch.empty_like(table)
+    room = torch.empty(first + stride(rows), table.shape[1], dtype=table.dtype, device=table.device)
+    d_table = room[: len(table)]
     d_table[:first] = 0
     if not queries:
         return torch.empty_like(query), d_table.zero_()
@@ -259,9 +270,8 @@ def cross_entropy_backward(
     weighted = (query * grad).to(query.dtype)
     d_query = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     if kept.numel():
-        slope = kept[:, :rows]
-        torch.mm(slope.T, weighted, out=d_table[first:])
-        _product(slope, table[first:], d_query)
+        torch.mm(kept.T, weighted, out=room[first:])
+        _product(kept, _filled(table[first:]), d_query)
         return (d_query * grad).to(query.dtype), d_table
     columns = _block_columns(queries, rows)
     score = torch.empty(queries, columns, dtype=torch.float32, device=query.device)

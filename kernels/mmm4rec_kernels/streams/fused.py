@@ -19,9 +19,9 @@ import triton.language as tl
 from mmm4rec_kernels.sums import summed
 from mmm4rec_kernels.tiles import sigmoid
 
-ROWS = 64
-"""Rows of a program."""
-WARPS = 4
+STAGE = {"BR": 16, "num_warps": 4}
+FILTER = {"BR": 32, "num_warps": 2}
+"""Rows and warps of a program; twice as quick backward as 64 rows with 4 warps (H100)."""
 EXACT = tl.constexpr("tf32x3")
 
 
@@ -463,7 +463,7 @@ def stage(
     following = w.new_empty(rows, heads, places) if gate else w.new_empty(0)
     kept_here = w.new_empty(5 if gate else 4, rows, heads, places)
     if rows:
-        stage_forward[(triton.cdiv(rows, ROWS), heads)](
+        stage_forward[(triton.cdiv(rows, STAGE["BR"]), heads)](
             stream,
             *parameters,
             *(gate or (None,) * 4),
@@ -481,9 +481,8 @@ def stage(
             T=places,
             K=parameters[4].shape[1],
             PRECISION="tf32x3",
-            BR=ROWS,
             BT=_tile(places),
-            num_warps=WARPS,
+            **STAGE,
         )
     return w, following, kept_here
 
@@ -510,7 +509,7 @@ def stage_gradients(
     shared = 2 * places * places + 2 * places
     size = shared + 2 * taps + 2 + ((places + 1) * gates + 2 * places if gates else 0)
     d_stream = torch.empty(rows, heads, places, dtype=torch.float32, device=stream.device)
-    blocks = triton.cdiv(rows, ROWS)
+    blocks = triton.cdiv(rows, STAGE["BR"])
     sums = d_stream.new_empty(blocks, heads, size)
     steps = (0, 0, 0) if d_w is None else (d_w.stride(0), d_w.stride(2), d_w.stride(1))
     if rows:
@@ -536,9 +535,8 @@ def stage_gradients(
             T=places,
             K=taps,
             PRECISION="tf32x3",
-            BR=ROWS,
             BT=_tile(places),
-            num_warps=WARPS,
+            **STAGE,
         )
     of_heads = summed(sums[None])[0]
     of_all = of_heads.sum(0)
@@ -556,7 +554,7 @@ def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor)
     out = torch.empty(image.shape, dtype=torch.float32, device=image.device)
     kept_here = out.new_empty(2, 4, rows, bins)
     if rows:
-        filter_forward[(triton.cdiv(rows, ROWS),)](
+        filter_forward[(triton.cdiv(rows, FILTER["BR"]),)](
             image,
             image if text is None else text,
             maps,
@@ -566,10 +564,9 @@ def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor)
             T=places,
             F=bins,
             PRECISION="tf32x3",
-            BR=ROWS,
             BT=_tile(places),
             BF=_tile(bins),
-            num_warps=WARPS,
+            **FILTER,
         )
     return out, kept_here
 
@@ -581,7 +578,7 @@ def spectral_gradients(
     places = grad.shape[-1]
     rows, bins = kept_there.shape[2:]
     d_streams = torch.empty(2, *grad.shape, dtype=torch.float32, device=grad.device)
-    programs = triton.cdiv(rows, ROWS)
+    programs = triton.cdiv(rows, FILTER["BR"])
     sums = d_streams.new_empty(programs, maps.numel())
     if rows:
         filter_backward[(programs, 2)](
@@ -594,9 +591,8 @@ def spectral_gradients(
             T=places,
             F=bins,
             PRECISION="tf32x3",
-            BR=ROWS,
             BT=_tile(places),
             BF=_tile(bins),
-            num_warps=WARPS,
+            **FILTER,
         )
     return d_streams, summed(sums[None])[0]

@@ -1,0 +1,74 @@
+"""Compiling the kernels of a computation side by side, before it runs.
+
+Kernels are compiled where they are launched for the first time, one behind the other; a training step has dozens. A dry
+pass over the same code launches none and compiles all at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+from unittest import mock
+
+import torch
+
+from mmm4rec_kernels.backend import interpreting, runs
+
+LAUNCHED = "mmm4rec_kernels.windows.fused"
+"""Module whose kernels run all the same: they give places in tensors, which must not be arbitrary."""
+
+
+@contextlib.contextmanager
+def compiled_side_by_side(device: torch.device) -> Iterator[None]:
+    """Inside, Triton launches run nothing; outside again, all of them are compiled.
+
+    What the launches would have written is arbitrary. Without a GPU, or with nothing to compile with, launches are
+    what they were. An error of a compilation is left to the launch that needs the kernel.
+    """
+    if device.type != "cuda" or interpreting() or not runs("triton"):
+        yield
+        return
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+    compiling: dict[tuple[Any, ...], Future[Any]] = {}
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if warmup or kernel.fn.__module__ == LAUNCHED:
+            return launch(kernel, *arguments, grid=grid, warmup=warmup, **options)
+        given = [_stand_in(argument) for argument in arguments]
+        varying = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
+        key = (
+            id(kernel),
+            *(_kind(a, p.name in varying) for a, p in zip(given, kernel.params, strict=False)),
+            *((name, _kind(a, name in varying)) for name, a in options.items()),
+        )
+        if key not in compiling:
+            compiling[key] = pool.submit(kernel.warmup, *given, grid=grid, **options)
+        return None
+
+    threads = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    with (
+        ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool,
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
+        yield
+
+
+def _stand_in(argument: Any) -> Any:
+    """What stands for a tensor while its kernel is compiled: its dtype, as for an aligned one of that dtype."""
+    if isinstance(argument, torch.Tensor) and argument.data_ptr() % 16 == 0:
+        return argument.dtype
+    return argument
+
+
+def _kind(argument: Any, varies: bool) -> Any:
+    """What a kernel is compiled anew for, as far as an argument goes."""
+    if not varies or argument is None or isinstance(argument, (bool, torch.dtype)):
+        return argument
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, abs(argument) < 1 << 31
+    return argument.dtype if isinstance(argument, torch.Tensor) else type(argument)
