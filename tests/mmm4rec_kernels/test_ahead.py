@@ -19,33 +19,6 @@ SHARED_LIMIT = 99 * 1024
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_the_block_in_single_kernels_compiles(capability):
-    from mmm4rec_kernels import ahead
-    from mmm4rec_kernels.block import single
-
-    H, E, GN, batch, length = 8, 512, 512, 4, 20
-    tensors = (torch.empty(batch, length, H), torch.empty(E + 2 * GN, 4), torch.empty(E + 2 * GN))
-    heads = [torch.empty(H) for _ in range(3)]
-    arguments = (torch.empty(batch, length, 2 * E + 2 * GN + H), None, None, *tensors, *heads, torch.empty(E), None)
-
-    def both():
-        out, scale = single.forward(*arguments, False, length, 1e-12, True)
-        single.backward(out, out, scale, *arguments, False, length, True)
-
-    torch.set_float32_matmul_precision("high")
-    try:
-        needs = ahead.needs(both, capability)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert [need.kernel for need in needs] == ["block_forward", "row_products", "block_backward", "ordered_sums"]
-    for need in needs:
-        assert need.registers <= 255
-        assert need.shared <= SHARED_LIMIT
-        # What few bytes a warp spills it finds again in the cache.
-        assert need.spilled <= {"block_backward": 720}.get(need.kernel, 0), need.kernel
-
-
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_the_block_at_published_sizes_compiles(capability):
     from mmm4rec_kernels import ahead
     from mmm4rec_kernels.block import fused

@@ -283,38 +283,6 @@ def test_block_with_lengths_shared_groups_and_no_factor():
     agree(block, inputs, groups=1, skip="x", lengths=torch.tensor([9, 17], device=DEVICE))
 
 
-SINGLE_CASES = {
-    "self": ("self", 3, 20, {}, {}),
-    "cross": ("cross", 3, 9, {"width": 12, "state": 20}, {"skip": "x"}),
-    "lengths": ("cross", 4, 11, {}, {"lengths": [11, 0, 1, 7]}),
-    "packed": ("self", 1, 32, {}, {"cu_seqlens": [0, 5, 5, 12, 32], "max_length": 20}),
-}
-
-
-@pytest.mark.parametrize("case", SINGLE_CASES)
-def test_block_in_single_kernels(case, monkeypatch):
-    from mmm4rec_kernels.block import ops
-
-    monkeypatch.setattr(ops, "SINGLE", 32)
-    monkeypatch.setattr(ops, "SHORT_PACKED", 0)
-    kind, batch, length, sizes, options = SINGLE_CASES[case]
-    options = {k: torch.tensor(v, device=DEVICE) if isinstance(v, list) else v for k, v in options.items()}
-    draws = [block_inputs(kind, batch, length, seed=seed, **sizes) for seed in range(2)]
-    agree(block if kind == "self" else crossing, *draws, groups=2, **options)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("length", [9, 16, 17, 20, 31, 32])
-@pytest.mark.parametrize("kind", ["self", "cross"])
-def test_block_in_single_kernels_at_every_length(kind, length, monkeypatch):
-    from mmm4rec_kernels.block import ops
-
-    monkeypatch.setattr(ops, "SINGLE", 32)
-    draws = [block_inputs(kind, 5, length, heads=8, width=64, groups=8, state=64, seed=seed) for seed in range(3)]
-    agree(block if kind == "self" else crossing, *draws, groups=8, floor=THREE_PASS_FLOOR)
-
-
 def test_block_of_packed_sequences():
     offsets = torch.tensor([0, 5, 5, 12], device=DEVICE)
     draws = [block_inputs("cross", 1, 12, seed=seed) for seed in range(4)]
@@ -393,8 +361,7 @@ def test_block_at_other_sizes(length):
     agree(crossing, *packed, groups=2, cu_seqlens=offsets, max_length=length)
 
 
-def test_operators_are_well_formed(scan_inputs, monkeypatch):
-    from mmm4rec_kernels.block import ops
+def test_operators_are_well_formed(scan_inputs):
     from mmm4rec_kernels.block.ops import short_forward, ssd_block_forward
     from mmm4rec_kernels.conv1d.ops import conv_forward
     from mmm4rec_kernels.norm.ops import norm_forward
@@ -413,9 +380,7 @@ def test_operators_are_well_formed(scan_inputs, monkeypatch):
     b = {k: t.to(DEVICE).requires_grad_() for k, t in block_inputs("self", 1, 3).items()}
     names = ("conv_weight_CK", "conv_bias_C", "A_log_H", "D_H", "dt_bias_H", "norm_weight_E")
     tensors = (b["projected"], None, None, b["time_factor_BLH"], *(b[k] for k in names))
-    for single in (0, 32):
-        monkeypatch.setattr(ops, "SINGLE", single)
-        torch.library.opcheck(ssd_block_forward, (*tensors, None, False, 3, 2, 1e-12, True), test_utils=checks)
+    torch.library.opcheck(ssd_block_forward, (*tensors, None, False, 3, 2, 1e-12, True), test_utils=checks)
     offsets = torch.tensor([0, 1, 3], device=DEVICE)
     for where in ((None, False), (offsets, True)):
         torch.library.opcheck(short_forward, (*tensors, *where, 3, 2, 1e-12, True), test_utils=checks)

@@ -1,7 +1,7 @@
 """The fused block as operators of torch, with shapes for tracing and a gradient: for short sequences and for any.
 
-The kernels are imported when one runs. Letters as in `short`, `single` and `fused`, whose `forward` explain the
-arguments. K is the number of chunks of a sequence in the scan.
+The kernels are imported when one runs. Letters as in `short` and `fused`, whose `forward` explain the arguments. K is
+the number of chunks of a sequence in the scan.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmm4rec_kernels.ssd.ops import ONE_TILE, chunks
+from mmm4rec_kernels.ssd.ops import chunks
 
 SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
 """Longest sequences for which several in one tile were faster on an H200: forward and backward together, so for packed
@@ -20,20 +20,6 @@ ones, and forward alone."""
 def several_in_a_tile(packed: bool, longest: int, gradients: bool) -> bool:
     """Whether the operator for short sequences takes a call; `gradients` if some are wanted."""
     return longest <= (SHORT_PACKED if packed else SHORT if gradients else SHORT_FORWARD)
-
-
-SINGLE = 0
-"""Longest sequences that take a single kernel each way, one head of one sequence a program; up to 32 can, none do
-before it is measured. Longer ones take the kernels of the three operations."""
-
-
-def in_single_kernels(longest: int, heads: int, groups: int, width: int, states: int) -> bool:
-    """Whether the block is one kernel each way: for `longest` places, E = `width` and GN = `states`."""
-    return longest <= SINGLE and groups == heads and max(width, states) <= heads * ONE_TILE
-
-
-def _nothing(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return like.new_empty(0), like.new_empty(0), like.new_empty(0), like.new_empty(0)
 
 
 @torch.library.custom_op("mmm4rec_kernels::ssd_block", mutates_args=())
@@ -55,31 +41,9 @@ def ssd_block_forward(
     eps: float,
     skip_dt: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised output [B, L, E] and 1/rms [B, L]; unless in a single kernel also what the operations leave.
+    """Normalised output and y [B, L, E], 1/rms [B, L], states [B, H, K, P, N] if K > 1, convolved xBC or xB and C."""
+    from mmm4rec_kernels.block import fused
 
-    That is y [B, L, E], states [B, H, K, P, N] if K > 1, and the convolved columns xBC or xB and C.
-    """
-    from mmm4rec_kernels.block import fused, single
-
-    if in_single_kernels(longest, A_log.shape[0], groups, norm.shape[0], (weight.shape[0] - norm.shape[0]) // 2):
-        out, scale = single.forward(
-            projected,
-            z,
-            C,
-            factor,
-            weight,
-            bias,
-            A_log,
-            D,
-            dt_bias,
-            norm,
-            ends,
-            packed,
-            longest,
-            eps,
-            skip_dt,
-        )
-        return out, scale, *_nothing(projected)
     out, saved = fused.forward(
         projected,
         z,
@@ -128,12 +92,9 @@ def _forward_shapes(
     sizes = (width // heads, states // groups)
     count = chunks(longest, *sizes)
     kept = (sequences, heads, count, *sizes) if count > 1 else (0,)
-    out, scale = projected.new_empty(batch, length, width), projected.new_empty(batch, length, dtype=torch.float32)
-    if in_single_kernels(longest, heads, groups, width, states):
-        return out, scale, *_nothing(projected)
     return (
-        out,
-        scale,
+        projected.new_empty(batch, length, width),
+        projected.new_empty(batch, length, dtype=torch.float32),
         projected.new_empty(batch, length, width),
         projected.new_empty(kept, dtype=torch.float32),
         projected.new_empty(batch, length, width + (2 if C is None else 1) * states),
@@ -165,32 +126,9 @@ def ssd_block_backward(
     groups: int,
     skip_dt: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of projected, z, C, factor (empty where absent) and of all parameters, one behind the other.
+    """Gradients of projected, z, C, factor (empty where absent) and of all parameters, one behind the other."""
+    from mmm4rec_kernels.block import fused
 
-    In a single kernel `y` is the normalised output.
-    """
-    from mmm4rec_kernels.block import fused, single
-
-    if act.numel() == 0:
-        return single.backward(
-            grad.contiguous(),
-            y,
-            scale,
-            projected,
-            z,
-            C,
-            factor,
-            weight,
-            bias,
-            A_log,
-            D,
-            dt_bias,
-            norm,
-            ends,
-            packed,
-            longest,
-            skip_dt,
-        )
     return fused.backward(
         grad.contiguous(),
         [scale, y, kept, act] if C is None else [scale, y, kept, act, act_C],
@@ -243,8 +181,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.options = (*inputs[11:14], inputs[15])
-    out, scale, y, kept, act, act_C = output
-    ctx.save_for_backward(scale, y if act.numel() else out, kept, act, act_C, *inputs[:11])
+    ctx.save_for_backward(*output[1:], *inputs[:11])
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
