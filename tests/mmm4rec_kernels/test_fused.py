@@ -340,6 +340,18 @@ def test_block_at_every_length(kind, length):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("length", [1, 8, 9, 20, 32, 33])
+def test_block_without_gradients_at_every_length(length):
+    inputs = {k: t.to(DEVICE) for k, t in block_inputs("self", 5, length, 8, 64, 8, 64).items()}
+    results = [block(**inputs, groups=8, backend=backend) for backend in ("triton", "reference")]
+    truth = block(**{k: t.double() for k, t in inputs.items()}, groups=8, backend="reference")
+    assert torch.equal(block(**inputs, groups=8, backend="triton"), results[0])
+    got, yardstick, truth = ({"y": t} for t in (*results, truth))
+    assert not disagreement(got, truth, yardstick, THREE_PASS_FLOOR)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("length", [7, 40, 150])
 def test_block_at_other_sizes(length):
     draws = [block_inputs("self", 3, length, heads=4, width=24, groups=2, state=40, seed=seed) for seed in range(3)]
