@@ -101,6 +101,7 @@ class Gradients:
         self.say = say
         self._recorded: dict[tuple[int, int, int], _Recorded] = {}
         self._pool: Any = None
+        self._compiled: set[tuple[bool, ...]] = set()
         self._dry = False
         """Numbers are arbitrary and are not kept."""
 
@@ -160,8 +161,12 @@ class Gradients:
         weight = torch.zeros((), dtype=torch.float64, device=self.device)
         random = torch.cuda.get_rng_state(self.device)
         try:
-            if self._pool is None:
+            # Kernels are compiled anew for sizes that 16 does not divide.
+            kind = tuple(size % 16 == 0 for size in self.shape_of(batch))
+            if kind not in self._compiled:
                 self._compile(held, weight)
+                self._compiled.add(kind)
+            if self._pool is None:
                 # Once as it is, so that nothing is set up while recording; with weight 0 it adds 0 to the gradients.
                 side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 side.wait_stream(torch.cuda.current_stream())
