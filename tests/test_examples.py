@@ -40,7 +40,7 @@ def test_a_settings_file_a_domain_is_the_preset_spelled_out(domain, tmp_path, mo
     ("size", "arm"),
     [
         ("large", "optimisation-ml100k-1024,_1e-3,_average_.99"),
-        ("small", "optimisation-office-512,_1e-3,_cosine_30"),
+        ("small", "optimisation-office-512,_3e-4,_cosine_30"),
         ("tiny", "optimisation-magazine-256,_3e-4,_cosine_30"),
     ],
 )

@@ -246,6 +246,14 @@ def _variants(source: str, target: str) -> Iterator[Arm]:
     for name, (own, theirs) in variants.items():
         yield Arm("transfer", f"{name}, without ID", target, {**without, **own}, source, {**SOURCE, **theirs})
     yield Arm("transfer", "scratch, two layers, without ID", target, {**without, "model.num_layers": 2})
+    parts: dict[str, tuple[Sets, Sets]] = {
+        "adapters alone": ({"finetune.transfer": "adapters"}, {}),
+        "blocks alone": ({"finetune.transfer": "blocks"}, {}),
+        "pre-trained without ID": ({}, {"model.item_bias": False}),
+    }
+    for name, (own, theirs) in parts.items():
+        sets = {**SMALL, "finetune.lr": 3e-4, **own}
+        yield Arm("transfer", f"{name}, 3e-4, with ID", target, sets, source, {**SOURCE, **theirs})
     for named, bias in BIAS.items():
         known = f"{source}+{target}{KNOWN}"
         yield Arm("transfer", f"own history too, {named}", target, {**SMALL, **bias}, known, SOURCE)

@@ -316,7 +316,11 @@ def _transfer(results: Results, out: Path) -> list[str]:
                 results, [a for a in main if a.name.endswith(f", {kind}")], named[f"scratch, {kind}"], 0.95
             )
         title = f"{source} → {domain}"
-        panels = {title: main, f"{title}, 3e-4": slow, f"{title}, a tenth of the users": fewer[-4:]}
+        panels = {
+            title: main,
+            f"{title}, 3e-4": [a for a in slow if a.name.startswith(("scratch", "pre-trained,"))],
+            f"{title}, a tenth of the users": fewer[-4:],
+        }
         panels = {said: group for said, group in panels.items() if any(results.of(arm) for arm in group)} or {
             title: main
         }
