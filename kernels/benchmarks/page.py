@@ -298,7 +298,7 @@ def of_device(rows: list[Row], device: str, cold: list[Row]) -> Iterator[str]:
 
 def page(rows: list[Row], others: dict[str, list[Row]], cold: Iterable[Row] = (), cpu: Iterable[Row] = ()) -> str:
     """The whole page: of the rows, of other files' rows by the name of the file, of cold first calls, and on a CPU."""
-    rows = latest(rows)
+    undisturbed = latest(row for row in rows if "disturbed" not in row)
     lines = [
         "# Kernels, measured",
         "",
@@ -318,11 +318,11 @@ def page(rows: list[Row], others: dict[str, list[Row]], cold: Iterable[Row] = ()
         "simple_gla 0.6 refuses its backward pass on these cards with this Triton, so 0.2.2 is timed too. A cold",
         "first call is one in a fresh process with an empty cache of kernels (`python kernels/benchmarks/cold.py`).",
         "The goals were set for an H200. *commit* is the state of our kernels that a row, and the ratio in it, was",
-        "measured with.",
+        "measured with. Rows that another process disturbed are marked so in the files and left out here.",
         "",
     ]
-    for device in dict.fromkeys(row["device"] for row in rows):
-        lines += of_device(list(select(rows, device=device)), device, list(select(cold, device=device)))
+    for device in dict.fromkeys(row["device"] for row in undisturbed):
+        lines += of_device(list(select(undisturbed, device=device)), device, list(select(cold, device=device)))
     lines += ["## CPU: the scan, `torch` beside the naive form (`cpu_scan.py`)", "", *on_cpu(cpu)]
     for name, found in others.items():
         lines += [f"## Other runs: {name}", "", *other_runs(found)]
