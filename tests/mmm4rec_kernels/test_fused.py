@@ -10,6 +10,8 @@ import os
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from mmm4rec_kernels import BackendUnavailable, CrossProjections, causal_conv1d, gated_rms_norm, ssd, ssd_block
 from mmm4rec_kernels.agreement import FLOOR, disagreement
@@ -327,6 +329,50 @@ def test_block_leaves_places_behind_the_last_sequence_zero():
     assert (out[:, :12] != 0).any()
     assert (b["projected"].grad[:, 12:] == 0).all()
     assert b["projected"].grad.isfinite().all()
+
+
+def tiles_of(lengths, longest, behind):
+    """Checks that tiles hold whole sequences and every place once; their sizes."""
+    from mmm4rec_kernels.block import short
+    from mmm4rec_kernels.block.ops import planned_tiles, tile_places
+
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    rows = int(bounds[-1]) + behind
+    with poisoned():
+        projected, ends = torch.zeros(1, rows, 1, device=DEVICE), bounds.to(DEVICE)
+        _, places, _ = short.prepare(projected, None, *torch.zeros(2, 1, device=DEVICE), ends, True, longest)
+    first, start, stop = (t.cpu() for t in torch.split(places, [rows, *[planned_tiles(rows, longest)] * 2]))
+    owner = torch.searchsorted(bounds, torch.arange(rows), right=True) - 1
+    assert torch.equal(first, torch.where(owner < len(lengths), bounds[owner], -1).int())
+    held = stop > start
+    size = (stop - start)[held]
+    assert size.max() <= tile_places(longest)
+    start, order = start[held].sort()
+    assert torch.equal(torch.cat([start, torch.tensor([rows])]), torch.cat([torch.tensor([0]), stop[held][order]]))
+    assert set(start.tolist()) <= {*bounds.tolist(), *range(int(bounds[-1]), rows)}
+    return size
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.data(), st.sampled_from([1, 20, 32, 64]), st.sampled_from([0, 1, 70]))
+def test_tiles_hold_whole_sequences_and_every_place_once(data, longest, behind):
+    lengths = data.draw(st.lists(st.integers(0, longest), min_size=1, max_size=40))
+    assume(sum(lengths) + behind)
+    tiles_of(lengths, longest, behind)
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"),
+    [(64, [1, 64] * 20), (64, [64] * 17), (33, [33] * 33), (1, [1] * 1100), (32, [1, 32] * 40), (20, [16] * 64 + [20])],
+)
+def test_tiles_suffice_in_the_worst_case(longest, lengths):
+    tiles_of(lengths, longest, 0)
+
+
+def test_tiles_of_short_sequences_are_almost_full():
+    lengths = torch.randint(1, 8, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    size = tiles_of(lengths, 20, 0)
+    assert size.double().mean() > 0.85 * size.max()
 
 
 @pytest.mark.gpu

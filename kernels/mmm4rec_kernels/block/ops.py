@@ -18,6 +18,31 @@ SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
 ones, and forward alone."""
 
 
+SMALL = 0
+"""Longest sequences that lie in tiles of 32 places; others lie in tiles of 64."""
+
+
+def tile_places(longest: int) -> int:
+    """Places of a tile that holds several sequences."""
+    return 32 if longest <= SMALL else 64
+
+
+def segment_places(longest: int) -> int:
+    """Packed places whose tiles are planned together: the last tile of each such segment is on average half empty."""
+    return 16 * tile_places(longest)
+
+
+def planned_tiles(rows: int, longest: int) -> int:
+    """Tiles that suffice for packed sequences of `longest` places or fewer, whatever their lengths.
+
+    A tile ends where the next sequence does not fit. So it holds at least tile + 1 - longest places, and with the
+    first sequence of the tile behind it at least tile + 1, unless it is the last of its segment.
+    """
+    size, segment = tile_places(longest), segment_places(longest)
+    tiles = min((segment - 1) // (size + 1 - longest) + 1, (segment - 1) // (size + 1) * 2 + 2)
+    return -(-rows // segment) * tiles
+
+
 def several_in_a_tile(packed: bool, longest: int, gradients: bool) -> bool:
     """Whether the operator for short sequences takes a call; `gradients` if some are wanted."""
     return longest <= (SHORT_PACKED if packed else SHORT if gradients else SHORT_FORWARD)
@@ -241,7 +266,7 @@ def short_forward(
     eps: float,
     skip_dt: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised output [B, L, E], 1/rms [B, L], steps [3, H, T], each place's sequence [2, T], taps [K, C]."""
+    """Normalised output [B, L, E], 1/rms [B, L], steps [3, H, T], where packed sequences and tiles lie, taps [K, C]."""
     from mmm4rec_kernels.block import short
 
     return short.forward(
@@ -267,13 +292,13 @@ def short_forward(
 @short_forward.register_fake
 def _short_shapes(projected: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     batch, length = projected.shape[:2]
-    weight, A_log, norm, packed = (arguments[i] for i in (3, 5, 8, 10))
+    weight, A_log, norm, packed, longest = (arguments[i] for i in (3, 5, 8, 10, 11))
     rows = batch * length
     return (
         projected.new_empty(batch, length, norm.shape[0]),
         projected.new_empty(batch, length, dtype=torch.float32),
         projected.new_empty(3, A_log.shape[0], rows, dtype=torch.float32),
-        projected.new_empty((2, rows) if packed else (0,), dtype=torch.int32),
+        projected.new_empty(rows + 2 * planned_tiles(rows, longest) if packed else 0, dtype=torch.int32),
         weight.new_empty(weight.shape[1], weight.shape[0]),
     )
 
