@@ -5,7 +5,7 @@
 
 Both train the same synthetic interactions (batch 1024, hidden 256, one layer, text and image vectors 768 wide, TF32
 products, dropout 0.4, NAdam after every micro-batch). `full`: every history fills the 20 places; `scientific`: 8,442
-users with 5 interactions or more, 59,427 in all, whose window lengths are printed. Rows: milliseconds a step (of ten
+users with 5 interactions or more, 59,427 in all, whose window lengths are printed. Rows: milliseconds a step (of 40
 behind each other, as in training), samples a second with data delivery included (an epoch through the trainer) and
 those that delivery alone gives, peak memory.
 """
@@ -34,6 +34,7 @@ from mmm4rec_cli.models.mmm4rec import MMM4Rec
 from mmm4rec_cli.settings import Settings
 from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
 from mmm4rec_cli.training.step import windows_of
+from mmm4rec_kernels import compiled_side_by_side
 
 
 def interactions(users: int, items: int, total: int, full: bool, seed: int = 0) -> tuple[Sequences, torch.Tensor]:
@@ -91,6 +92,9 @@ def check(device: torch.device, items: int, sequences: Sequences, targets: torch
     ours, naive = models(config, items, device)
     windows = sequences.windows(targets[:256], 20, with_target_time=True)
     rows = int(windows.lengths_B.sum())
+    with compiled_side_by_side(device):
+        loss = ours.training_loss(sequences.windows(targets[:256], 20, with_target_time=True, rows=rows))
+        torch.autograd.grad(loss, list(ours.parameters()), allow_unused=True)
     loss = ours.training_loss(sequences.windows(targets[:256], 20, with_target_time=True, rows=rows))
     other = naive.loss(naive(windows.items_BT, windows.lengths_B, windows.timestamps_BT), windows.target_B)
     loss.backward()
@@ -113,7 +117,7 @@ def check(device: torch.device, items: int, sequences: Sequences, targets: torch
 
 def timed(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Milliseconds of a call: the median over `repeats` runs of several calls, one behind the other as in training."""
-    times, calls = [], 10 if device.type == "cuda" else 1
+    times, calls = [], 40 if device.type == "cuda" else 1
     for _ in range(repeats):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
