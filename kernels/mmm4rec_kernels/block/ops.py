@@ -18,18 +18,10 @@ SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
 ones, and forward alone."""
 
 
-SMALL = 0
-"""Longest sequences that lie in tiles of 32 places; others lie in tiles of 64."""
-
-
-def tile_places(longest: int) -> int:
-    """Places of a tile that holds several sequences."""
-    return 32 if longest <= SMALL else 64
-
-
-def segment_places(longest: int) -> int:
-    """Packed places whose tiles are planned together: the last tile of each such segment is on average half empty."""
-    return 16 * tile_places(longest)
+TILE = 32
+"""Places of a tile that holds several sequences. Kernels over 64 need twice the registers and were slower on an H100."""
+SEGMENT = 512
+"""Packed places whose tiles are planned together: the last tile of each such segment is on average half empty."""
 
 
 def planned_tiles(rows: int, longest: int) -> int:
@@ -38,9 +30,8 @@ def planned_tiles(rows: int, longest: int) -> int:
     A tile ends where the next sequence does not fit. So it holds at least tile + 1 - longest places, and with the
     first sequence of the tile behind it at least tile + 1, unless it is the last of its segment.
     """
-    size, segment = tile_places(longest), segment_places(longest)
-    tiles = min((segment - 1) // (size + 1 - longest) + 1, (segment - 1) // (size + 1) * 2 + 2)
-    return -(-rows // segment) * tiles
+    tiles = min((SEGMENT - 1) // (TILE + 1 - longest) + 1, (SEGMENT - 1) // (TILE + 1) * 2 + 2)
+    return -(-rows // SEGMENT) * tiles
 
 
 def several_in_a_tile(packed: bool, longest: int, gradients: bool) -> bool:

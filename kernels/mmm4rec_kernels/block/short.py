@@ -1,7 +1,7 @@
 # Triton kernels carry no Python types, and their arguments are explained at the top of the file.
 # ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""The block for short sequences, several of them in one tile of 64 places.
+"""The block for short sequences, several of them in one tile of 32 places.
 
 Letters: T places of all sequences, E width, H heads, P head dim, G groups, N state, C = E + 2GN channels, K taps; BL,
 BP, BN are the places of a tile, and P, N rounded up, BH is H rounded up.
@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmm4rec_kernels.block.ops import planned_tiles, segment_places, tile_places
+from mmm4rec_kernels.block.ops import SEGMENT, TILE, planned_tiles
 from mmm4rec_kernels.launch import kind, precision, processors, tile
 from mmm4rec_kernels.sums import sum_rows
 from mmm4rec_kernels.tiles import (
@@ -37,12 +37,15 @@ from mmm4rec_kernels.tiles import (
 
 FORWARD_WARPS = 4
 BACKWARD_WARPS = 4
-"""Warps of a program. With 8 warps, with tiles of 32 places or with fewer registers it was slower on an H200."""
-AGAIN = False
-FORWARD_REGS = BACKWARD_REGS = None
+"""Warps of a program."""
+FORWARD_REGISTERS = 80
+BACKWARD_REGISTERS = 168
+"""At most so many for a thread, that more programs run side by side: the kernels wait for what they load and multiply,
+not for memory's width. Measured on an H100; with fewer they spill."""
 COLUMNS = 512
 COLUMN_WARPS = 4
 COLUMN_PROGRAMS = 4
+"""Of the convolution's backward: columns and warps of a program, and programs for each multiprocessor."""
 
 DENSE = tl.constexpr(0)
 LENGTHS = tl.constexpr(1)
@@ -376,7 +379,7 @@ def block_forward(
         b_squares = tl.load(p_squares + o_l[:, None] * H + o_h[None, :], mask=m_squares, other=0.0)
         b_scale = tl.rsqrt(tl.sum(b_squares, 1) / E + eps)
         tl.store(p_scale + o_l, b_scale, mask=m_out)
-        for h in range(H):
+        for h in tl.range(0, H, loop_unroll_factor=4):
             b_norm = tl.load(p_norm + h * P + o_p, mask=m_p, other=0.0).to(tl.float32)
             b_g = tl.load(p_out + h * P + o_tile, mask=m_tile, other=0.0).to(tl.float32)
             b_g = tl.where(m_in[:, None], b_g * b_scale[:, None] * b_norm[None, :], 0.0)
@@ -445,7 +448,6 @@ def block_backward(
     BN: tl.constexpr,
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
-    AGAIN: tl.constexpr,
 ):
     E: tl.constexpr = H * P
     CHANNELS: tl.constexpr = E + 2 * G * N
@@ -519,14 +521,8 @@ def block_backward(
     tl.store(p_dsteps + o_l, b_dstep, mask=m_out)
     tl.store(p_dsteps + plane + o_l, tl.cumsum(b_ends, 0, reverse=True).to(tl.float32), mask=m_out)
     b_W *= b_decay * b_step[None, :]
-    if AGAIN:
-        b_B = convolve(p_x + at_B, p_weight + at_B, p_bias + at_B, o_l, o_first, m_in, o_n, m_n, ROW_X, CHANNELS, TAPS)
-        b_B *= sigmoid(b_B)
     b_dC = dot(b_W, b_B, KIND, PRECISION)
     tl.store(p_dC + o_l[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
-    if AGAIN:
-        b_C = convolve(p_c, p_weight + at_C, p_bias + at_C, o_l, o_first, m_in, o_n, m_n, ROW_C, CHANNELS, TAPS)
-        b_C *= sigmoid(b_C)
     b_dB = dot(tl.trans(b_W), b_C, KIND, PRECISION)
     tl.store(p_dB + o_l[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
 
@@ -710,12 +706,11 @@ def _flat(t: torch.Tensor) -> torch.Tensor:
 def _tiling(projected: torch.Tensor, ends: torch.Tensor | None, packed: bool, longest: int) -> dict[str, int]:
     """The launch parameters that say where sequences lie, and the places of a tile."""
     batch, length = projected.shape[:2]
-    size = tile_places(longest)
-    where = {"rows": batch * length, "length": longest, "magic": 65536 // longest + 1, "BL": size}
+    where = {"rows": batch * length, "length": longest, "magic": 65536 // longest + 1, "BL": TILE}
     if packed:
         tiles = planned_tiles(batch * length, longest)
         return where | {"tiles": tiles, "per_tile": 0, "MODE": 2}
-    per_tile = size // longest
+    per_tile = TILE // longest
     return where | {"tiles": triton.cdiv(batch, per_tile), "per_tile": per_tile, "MODE": 0 if ends is None else 1}
 
 
@@ -753,11 +748,11 @@ def prepare(
     programs, windows = tiles, where
     plan = {"sequences": batch, "DEPTH": 0, "SEGMENT": 1, "TILES": 1}
     if packed and ends is not None:
-        sequences, segment, size = ends.numel() - 1, segment_places(longest), 2 * tile(longest)
-        segments = triton.cdiv(rows, segment)
+        sequences, size = ends.numel() - 1, 2 * tile(longest)
+        segments = triton.cdiv(rows, SEGMENT)
         programs = triton.cdiv(rows, size - longest + 1) + segments
         windows = where | {"per_tile": size - longest + 1, "BL": size}
-        plan = {"sequences": sequences, "DEPTH": sequences.bit_length(), "SEGMENT": segment, "TILES": tiles // segments}
+        plan = {"sequences": sequences, "DEPTH": sequences.bit_length(), "SEGMENT": SEGMENT, "TILES": tiles // segments}
     block_steps[(programs,)](
         projected[..., -heads:],
         factor,
@@ -772,7 +767,7 @@ def prepare(
         **_strides(factor),
         ROW=projected.stride(1),
         H=heads,
-        TILE=where["BL"],
+        TILE=TILE,
         BT=triton.next_power_of_2(plan["TILES"]),
         BH=triton.next_power_of_2(heads),
         num_warps=2,
@@ -856,7 +851,7 @@ def forward(
         KIND=kind(projected.dtype),
         PRECISION=precision(),
         num_warps=FORWARD_WARPS,
-        maxnreg=FORWARD_REGS,
+        maxnreg=FORWARD_REGISTERS,
         num_stages=1,
     )
     return out, scale, steps, places, taps
@@ -965,9 +960,8 @@ def backward(
         BN=tile(states // groups),
         KIND=kind(projected.dtype),
         PRECISION=precision(),
-        AGAIN=AGAIN,
         num_warps=BACKWARD_WARPS,
-        maxnreg=BACKWARD_REGS,
+        maxnreg=BACKWARD_REGISTERS,
         num_stages=1,
     )
     block_steps_backward[(tiles,)](
