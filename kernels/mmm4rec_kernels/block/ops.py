@@ -19,7 +19,7 @@ ones, and forward alone."""
 
 
 TILE = 32
-"""Places of a tile that holds several sequences. Kernels over 64 need twice the registers and were slower on an H100."""
+"""Places of a tile that holds several sequences. With 64 kernels need twice the registers: slower on an H100."""
 SEGMENT = 512
 """Packed places whose tiles are planned together: the last tile of each such segment is on average half empty."""
 
