@@ -40,7 +40,7 @@ def test_a_settings_file_a_domain_is_the_preset_spelled_out(domain, tmp_path, mo
     ("size", "arm"),
     [
         ("large", "optimisation-ml100k-1024,_1e-3,_average_.99"),
-        ("small", "optimisation-office-512,_1e-3,_cosine_30"),
+        ("small", "optimisation-office-512,_3e-4,_cosine_30"),
         ("tiny", "optimisation-magazine-256,_3e-4,_cosine_30"),
     ],
 )
@@ -167,6 +167,8 @@ def test_the_studies_end_in_a_page_with_intervals_and_commands(workspace, make_d
     words = [tmp_path / "industrial.npz", tmp_path / "magazine.npz", "--out", rows, "--workspace", tmp_path / "ws"]
     words += ["--processes", 1, "--device", "cpu", "--seconds", 150, *sets, "--arms", *arms]
     subprocess.run([sys.executable, script, "run", *map(str, words)], check=True, timeout=200)
+    alone = [*words[: words.index("--processes")], "--device", "cpu", *sets[:-2], "--arms", "time-magazine-published"]
+    subprocess.run([sys.executable, script, "pace", *map(str, alone)], check=True, timeout=200)
     page = tmp_path / "docs" / "measurements.md"
     subprocess.run([sys.executable, script, "page", rows, "--out", page], check=True)
     text = page.read_text()
@@ -176,7 +178,10 @@ def test_the_studies_end_in_a_page_with_intervals_and_commands(workspace, make_d
         *(("time-magazine-published", seed) for seed in (1, 2)),
         ("transfer-magazine-pre-trained,_with_ID", 1),
     ]
-    assert "| published | 2 |" in text
+    (pace,) = (row for row in kept if "pace" in row)
+    best = sum(row["best_epoch"] for row in kept if row.get("arm") == "time-magazine-published") / 2
+    (row,) = (line for line in text.splitlines() if line.startswith("| published | 2 |") and "±" in line[20:])
+    assert row.endswith(f"| {best:.0f} | {best * pace['seconds']:.1f} |")
     assert "mmm4rec pretrain --domain industrial --seed 1" in text
     assert "mmm4rec finetune --domain magazine --pretrained RUN --seed 1" in text
     assert page.with_name("measurements-magazine.svg").stat().st_size > 1000
@@ -196,6 +201,43 @@ def test_a_study_joins_domains_as_pretraining_does(workspace, make_domain, tmp_p
         assert torch.equal(getattr(joined.sequences, name), getattr(expected.sequences, name))
     assert np.allclose(joined.features.text, expected.features.text, atol=1e-3), "files hold half precision"
     assert not joined.features.has_image.any(), "pictures are left out"
+
+
+def test_a_study_cuts_a_source_to_what_training_may_see_and_a_target_to_some_users(workspace, make_domain, tmp_path):
+    make_domain("magazine", users=30)
+    module(EXAMPLES / "benchmarks" / "baselines.py").prepare(workspace, "magazine", "test", tmp_path / "magazine.npz")
+    study = module(EXAMPLES / "studies" / "study.py")
+    study.start([tmp_path / "magazine.npz"], tmp_path, torch.get_num_threads())
+    whole, known = (study.source_of(name).sequences for name in ("magazine", "magazine-known"))
+    long = whole.counts_U >= 3
+    assert long.any()
+    assert torch.equal(known.counts_U[long], whole.counts_U[long] - 2)
+    for user in range(30):
+        begin, count = whole.offsets_U1[user], known.counts_U[user]
+        own = known.items_N[known.offsets_U1[user] : known.offsets_U1[user + 1]]
+        assert torch.equal(own, whole.items_N[begin : begin + count])
+    some = study.with_fewer_users(study.source_of("magazine"), 0.3)
+    assert (some.n_users, some.n_items) == (9, study.source_of("magazine").n_items)
+    histories = [h.tolist() for h in whole.items_N.split(whole.counts_U.tolist())]
+    kept = [h.tolist() for h in some.sequences.items_N.split(some.sequences.counts_U.tolist())]
+    assert len(kept) == 9
+    assert all(h in histories for h in kept)
+
+
+def test_the_interval_of_a_difference_holds_users_and_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "studies")
+    pages = module(EXAMPLES / "studies" / "pages.py")
+    found, missed = torch.zeros(200).double(), torch.full((200,), 50.0).double()
+    seeds_alone = pages.interval([found, missed], [missed, missed])
+    assert seeds_alone["difference"] == 0.5
+    assert seeds_alone["low"] == pytest.approx(0.5 - 0.5 * 2**0.5)
+    assert seeds_alone["high"] == pytest.approx(0.5 + 0.5 * 2**0.5)
+    half = torch.where(torch.arange(200) % 2 == 0, found, missed)
+    users_alone = pages.interval([half], [missed])
+    deviation = (0.25 / 200) ** 0.5
+    for side, sign in (("low", -1), ("high", 1)):
+        assert users_alone[side] == pytest.approx(0.5 + sign * 1.96 * deviation, abs=0.01)
+    assert pages.interval([half, half], [missed, missed]) == pytest.approx(users_alone)
 
 
 def test_the_published_time_branch_has_next_to_no_gradient(workspace, make_domain, tmp_path, capsys):

@@ -45,6 +45,18 @@ WIDER, WIDE = "magazine+ml100k", {**SOURCE, "pretrain.prefixes": 16}
 """What is added to the source where three domains are, and how: 16 targets of a user an epoch, since films are many."""
 
 
+SAME_WORK = {
+    *(f"{part}.{name}" for part in ("finetune", "pretrain") for name in ("lr", "schedule", "epochs", "patience")),
+    *("finetune.warmup", "finetune.weight_decay", "finetune.decayed", "finetune.transfer", "finetune.frozen_epochs"),
+    *("features.missing", "model.feature_scale"),
+}
+"""Settings that leave the time of an epoch as it is, next to nothing aside."""
+
+
+KNOWN = "-known"
+"""Behind the name of a source: its training part alone, each user's last two interactions left out."""
+
+
 TARGETS = {"ml100k": (943, 96458), "industrial": (2917, 11509), "office": (2897, 11205), "magazine": (284, 1098)}
 """Users and training targets of the domains."""
 
@@ -62,6 +74,8 @@ class Arm:
     source_sets: Sets = field(default_factory=dict)
     hidden: float = 0.0
     """Share of the images that are hidden before training."""
+    users: float = 1.0
+    """Share of the users that the domain has; the items stay."""
 
     @property
     def key(self) -> str:
@@ -71,12 +85,24 @@ class Arm:
     @property
     def training(self) -> str:
         """Equal for arms that are the same training, so that tables may share rows."""
-        return json.dumps([self.domain, self.sets, self.source, self.source_sets, self.hidden], sort_keys=True)
+        return _training(vars(self))
+
+    @property
+    def work(self) -> str:
+        """Equal for arms whose epochs cost the same."""
+        sets = {name: value for name, value in self.sets.items() if name not in SAME_WORK}
+        return json.dumps([self.domain, self.users, sets], sort_keys=True)
+
+    @property
+    def source_work(self) -> str | None:
+        """The same of the epochs of pre-training."""
+        sets = {name: value for name, value in self.source_sets.items() if name not in SAME_WORK}
+        return None if self.source is None else json.dumps([self.source, sets], sort_keys=True)
 
     @property
     def steps_an_epoch(self) -> int:
         """Optimiser steps of an epoch of fine-tuning."""
-        users, targets = TARGETS[self.domain]
+        users, targets = (round(self.users * n) for n in TARGETS[self.domain])
         targets = min(targets, users * self.sets.get("finetune.prefixes", targets))
         return ceil(targets / (self.sets["finetune.batch_size"] * self.sets["finetune.accumulation"]))
 
@@ -124,6 +150,8 @@ def _optimisation() -> Iterator[Arm]:
         "1024 x 8, 1e-3": plan(1024, 8, 1e-3),
         "1024, 1e-3": plan(1024, 1, 1e-3),
         "1024, 1e-3, average .99": plan(1024, 1, 1e-3, average=0.99),
+        "1024, 1e-3, average .99, decay 5e-4": plan(1024, 1, 1e-3, average=0.99, weight_decay=5e-4),
+        "1024, 5e-4, average .99": plan(1024, 1, 5e-4, average=0.99),
         "1024, 1e-3, cosine 10": falling(1024, 1e-3, 10),
         "1024, 1e-3, cosine 20": falling(1024, 1e-3, 20),
         "1024, 1e-3, cosine 40": falling(1024, 1e-3, 40),
@@ -152,6 +180,9 @@ def _optimisation() -> Iterator[Arm]:
         "512, 1e-3, cosine 10": falling(512, 1e-3, 10),
         "512, 1e-3, cosine 30": falling(512, 1e-3, 30),
         "512, 3e-4, cosine 30": falling(512, 3e-4, 30),
+        "512, 3e-4, average .99": plan(512, 1, 3e-4, average=0.99),
+        "512, 1e-4, cosine 30": falling(512, 1e-4, 30),
+        "256, 3e-4, cosine 30": falling(256, 3e-4, 30),
         "256, 1e-3, cosine 10": falling(256, 1e-3, 10),
         "1024, 1e-3, cosine 30": falling(1024, 1e-3, 30),
         "512, 1e-3, cosine 30, no decay": falling(512, 1e-3, 30, weight_decay=0),
@@ -161,6 +192,7 @@ def _optimisation() -> Iterator[Arm]:
         "256, 1e-3": plan(256, 1, 1e-3),
         "256, 1e-3, cosine 30": falling(256, 1e-3, 30),
         "256, 3e-4, cosine 30": falling(256, 3e-4, 30),
+        "256, 1e-4, cosine 30": falling(256, 1e-4, 30),
         "64, 1e-3, cosine 30": falling(64, 1e-3, 30),
         "64, 3e-4, cosine 30": falling(64, 3e-4, 30),
     }
@@ -172,17 +204,29 @@ def _optimisation() -> Iterator[Arm]:
 def _transfer() -> Iterator[Arm]:
     for source, target in (("industrial", "office"), ("office", "industrial"), ("industrial", "magazine")):
         plan = TINY if target == "magazine" else SMALL
-        for bias in (True, False):
-            # The bias is on unless it is said otherwise, so that the first arm is the training of other tables.
-            sets = plan if bias else {**plan, "model.item_bias": False}
-            named = "with ID" if bias else "without ID"
-            yield Arm("transfer", f"scratch, {named}", target, sets)
-            yield Arm("transfer", f"pre-trained, {named}", target, sets, source, SOURCE)
-        if target != "magazine":
-            for bias, named in ((True, "with ID"), (False, "without ID")):
-                sets = plan if bias else {**plan, "model.item_bias": False}
-                yield Arm("transfer", f"three domains, {named}", target, sets, f"{source}+{WIDER}", WIDE)
+        for named, bias in BIAS.items():
+            yield Arm("transfer", f"scratch, {named}", target, {**plan, **bias})
+            yield Arm("transfer", f"pre-trained, {named}", target, {**plan, **bias}, source, SOURCE)
+        if target == "magazine":
+            continue
+        for named, bias in BIAS.items():
+            yield Arm("transfer", f"three domains, {named}", target, {**plan, **bias}, f"{source}+{WIDER}", WIDE)
+        short = {"finetune.epochs": 3, "finetune.patience": 3}
+        yield from _pairs(source, target, "3e-4", {**plan, "finetune.lr": 3e-4})
+        yield from _pairs(source, target, "3 epochs", {**plan, **short})
     yield from _variants("industrial", "office")
+    for share, said in ((0.3, "three tenths of the users"), (0.1, "a tenth of the users")):
+        yield from _pairs("industrial", "office", said, TINY, users=share)
+
+
+BIAS: dict[str, Sets] = {"with ID": {}, "without ID": {"model.item_bias": False}}
+"""The bias is on unless it is said otherwise, so that the first of `_transfer` is the training of other tables."""
+
+
+def _pairs(source: str, target: str, said: str, plan: Sets, users: float = 1.0) -> Iterator[Arm]:
+    for name, bias in BIAS.items():
+        yield Arm("transfer", f"scratch, {said}, {name}", target, {**plan, **bias}, users=users)
+        yield Arm("transfer", f"pre-trained, {said}, {name}", target, {**plan, **bias}, source, SOURCE, users=users)
 
 
 def _variants(source: str, target: str) -> Iterator[Arm]:
@@ -198,12 +242,21 @@ def _variants(source: str, target: str) -> Iterator[Arm]:
         "pre-trained for 5 epochs": ({}, {"pretrain.epochs": 5}),
         "pre-trained for 100 epochs": ({}, {"pretrain.epochs": 100}),
         "two layers": ({"model.num_layers": 2}, {"model.num_layers": 2}),
-        "3e-4": ({"finetune.lr": 3e-4}, {}),
     }
     for name, (own, theirs) in variants.items():
         yield Arm("transfer", f"{name}, without ID", target, {**without, **own}, source, {**SOURCE, **theirs})
-    for name, own in {"two layers": {"model.num_layers": 2}, "3e-4": {"finetune.lr": 3e-4}}.items():
-        yield Arm("transfer", f"scratch, {name}, without ID", target, {**without, **own})
+    yield Arm("transfer", "scratch, two layers, without ID", target, {**without, "model.num_layers": 2})
+    parts: dict[str, tuple[Sets, Sets]] = {
+        "adapters alone": ({"finetune.transfer": "adapters"}, {}),
+        "blocks alone": ({"finetune.transfer": "blocks"}, {}),
+        "pre-trained without ID": ({}, {"model.item_bias": False}),
+    }
+    for name, (own, theirs) in parts.items():
+        sets = {**SMALL, "finetune.lr": 3e-4, **own}
+        yield Arm("transfer", f"{name}, 3e-4, with ID", target, sets, source, {**SOURCE, **theirs})
+    for named, bias in BIAS.items():
+        known = f"{source}+{target}{KNOWN}"
+        yield Arm("transfer", f"own history too, {named}", target, {**SMALL, **bias}, known, SOURCE)
 
 
 ARMS: dict[str, Arm] = {arm.key: arm for part in (_time, _missing, _optimisation, _transfer) for arm in part()}
@@ -211,4 +264,9 @@ ARMS: dict[str, Arm] = {arm.key: arm for part in (_time, _missing, _optimisation
 
 def training_of(row: dict[str, Any]) -> str:
     """`Arm.training` of a row."""
-    return json.dumps([row[name] for name in ("domain", "sets", "source", "source_sets", "hidden")], sort_keys=True)
+    return _training({"users": 1.0, **row})
+
+
+def _training(of: dict[str, Any]) -> str:
+    names = ("domain", "sets", "source", "source_sets", "hidden", "users")
+    return json.dumps([of[name] for name in names], sort_keys=True)

@@ -3,17 +3,22 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from arms import ARMS, Arm, Sets, training_of, written
+from arms import ARMS, KNOWN, Arm, Sets, training_of, written
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmm4rec_cli.evaluation.compare import paired_bootstrap
+from mmm4rec_cli.evaluation.metrics import per_user
 
 METRIC = "NDCG@10"
 FINDINGS = Path(__file__).with_name("findings.md")
@@ -28,6 +33,7 @@ class Results:
         self.folder = folder
         self.rows: dict[str, dict[int, Row]] = defaultdict(dict)
         self.raw = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+        self.paces = {row["pace"]: row["seconds"] for row in self.raw if "pace" in row}
         for row in self.raw:
             if "curve" in row:
                 self.rows[training_of(row)][row["seed"]] = row
@@ -35,6 +41,11 @@ class Results:
     def of(self, arm: Arm) -> list[Row]:
         """Rows in the order of the seeds."""
         return [row for _, row in sorted(self.rows[arm.training].items())]
+
+    def seconds(self, arm: Arm, epochs: float) -> str:
+        """Of so many epochs of a training that has the device for itself."""
+        pace = self.paces.get(arm.work)
+        return "–" if pace is None else f"{epochs * pace:.1f}"
 
     def ranks(self, arm: Arm, seeds: Iterable[int], kind: str) -> list[Tensor]:
         """One tensor a seed."""
@@ -50,7 +61,39 @@ class Results:
         ours, theirs = (self.ranks(each, seeds, kind) for each in (arm, other))
         pairs = ([self.rows[each.training][seed][kind][METRIC] for seed in seeds] for each in (arm, other))
         above = sum(a > b for a, b in zip(*pairs, strict=True))
-        return paired_bootstrap(ours, theirs, (10,))[METRIC] | {"above": above, "seeds": len(seeds)}
+        return interval(ours, theirs) | {"above": above, "seeds": len(seeds)}
+
+
+RESAMPLES = 2000
+
+
+@cache
+def _drawn(users: int) -> NDArray[np.float64]:
+    """How often each user is drawn in each resample, as a share of all [R, U]."""
+    return np.random.default_rng(0).multinomial(users, np.full(users, 1 / users), RESAMPLES) / users
+
+
+def interval(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float]:
+    """Difference of the means with the 95 % interval of a paired bootstrap over users and over seeds.
+
+    Users alone would say how sure we are of these very trainings; a reader wants to know about the next one. Seeds are
+    drawn in pairs, their spread widened by √(n / (n - 1)) because so few are drawn from; one seed says nothing of it.
+
+    Args:
+        ours: rank0 [U] of each seed.
+        theirs: the same of the other arm, the same seeds in the same order.
+    """
+    pairs = zip(ours, theirs, strict=True)
+    gaps_SU = np.stack([(per_user(a, METRIC) - per_user(b, METRIC)).numpy() for a, b in pairs])
+    seeds = len(gaps_SU)
+    drawn_RS = _drawn(gaps_SU.shape[1]) @ gaps_SU.T
+    means_R = drawn_RS.mean(1)
+    if seeds > 1:
+        chosen_RS = np.random.default_rng(1).integers(seeds, size=(RESAMPLES, seeds))
+        off_RS = (drawn_RS - means_R[:, None]) * (seeds / (seeds - 1)) ** 0.5
+        means_R = means_R + np.take_along_axis(off_RS, chosen_RS, 1).mean(1)
+    low, high = np.percentile(means_R, (2.5, 97.5))
+    return {"difference": float(gaps_SU.mean()), "low": float(low), "high": float(high)}
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
@@ -84,7 +127,7 @@ def table(results: Results, arms: Sequence[Arm], reference: Callable[[Arm], Arm]
             f"| {arm.name} | {len(rows)} | {spread([r['valid'][METRIC] for r in rows])} | "
             f"{spread([r['test']['Hit@10'] for r in rows])} | {spread([r['test'][METRIC] for r in rows])} | "
             f"{' | '.join(gaps)} | {mean(r['best_epoch'] for r in rows):.0f} | "
-            f"{median(r['seconds_to_best'] for r in rows):.1f} |"
+            f"{results.seconds(arm, mean(r['best_epoch'] for r in rows))} |"
         )
     missing = [arm.name for arm in arms if not results.of(arm)]
     if missing:
@@ -107,13 +150,12 @@ def reaching(results: Results, arms: Iterable[Arm], first: Arm, share: float) ->
     for arm in arms:
         reached = []
         for row in results.of(arm):
-            at = next((i for i, value in enumerate(row["curve"][METRIC]) if value >= level), None)
-            if at is not None:
-                reached.append((at + 1, sum(row["seconds_curve"][: at + 1])))
+            at = next((i for i, value in enumerate(row["curve"][METRIC], 1) if value >= level), None)
+            reached += [] if at is None else [at]
         said = "– | – | –"
         if reached:
-            epochs = mean(e for e, _ in reached)
-            said = f"{epochs:.1f} | {epochs * arm.steps_an_epoch:.0f} | {median(s for _, s in reached):.1f}"
+            epochs = mean(reached)
+            said = f"{epochs:.1f} | {epochs * arm.steps_an_epoch:.0f} | {results.seconds(arm, epochs)}"
         if results.of(arm):
             lines.append(f"| {arm.name} | {len(reached)} of {len(results.of(arm))} | {said} |")
     return [*lines, ""]
@@ -135,7 +177,11 @@ def commands(results: Results, arms: Sequence[Arm]) -> list[str]:
     for arm in arms:
         rows = results.of(arm)
         more = rows[0].get("more", ()) if rows else ()
-        lines.append(f"# {arm.name}{f', {arm.hidden:.0%} of the images hidden by the runner' if arm.hidden else ''}")
+        remarks = [f"{arm.hidden:.0%} of the images hidden by the runner"] if arm.hidden else []
+        remarks += [f"{1 - arm.users:.0%} of the users left out by the runner"] if arm.users < 1 else []
+        source = arm.source or ""
+        remarks += [f"{source.split('+')[-1]}: its training part, cut by the runner"] if source.endswith(KNOWN) else []
+        lines.append(f"# {', '.join([arm.name, *remarks])}")
         if arm.source is not None:
             domains = " ".join(f"--domain {one}" for one in arm.source.split("+"))
             lines.append(typed(f"mmm4rec pretrain {domains}", "SOURCE", arm.source_sets, more))
@@ -148,30 +194,33 @@ def _typed(words: Iterable[str]) -> str:
     return " ".join(f"--set {one}" for one in words)
 
 
-def curves(results: Results, arms: Sequence[Arm], title: str, path: Path, steps: bool = False) -> str:
-    """Mean validation NDCG@10 by epoch (or step) over the seeds as a picture; the line that shows it."""
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    for i, arm in enumerate(arms):
-        rows = results.of(arm)
-        if not rows:
-            continue
-        length = min(len(row["curve"][METRIC]) for row in rows)
-        values = np.array([row["curve"][METRIC][:length] for row in rows])
-        epochs = np.arange(1, length + 1) * (arm.steps_an_epoch if steps else 1)
-        style = ("-", "--", "-.", ":")[i % 4]
-        (line,) = axes.plot(
-            epochs, values.mean(0), style, label=f"{arm.name} ({len(rows)} seed{'s' * (len(rows) > 1)})"
-        )
-        axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="optimiser steps" if steps else "epoch", ylabel=f"validation {METRIC}", title=title)
-    if steps:
-        axes.set_xscale("log")
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+def curves(results: Results, panels: dict[str, Sequence[Arm]], title: str, path: Path, steps: bool = False) -> str:
+    """Validation NDCG@10 by epoch (or step) as a picture, one panel a title; the line that shows it.
+
+    Lines are means over the seeds, bands reach from the lowest to the highest.
+    """
+    figure = Figure(figsize=(1.6 + 4.8 * len(panels), 3.4), layout="constrained")
+    for axes, (said, arms) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for i, arm in enumerate(arms):
+            rows = results.of(arm)
+            if not rows:
+                continue
+            length = min(len(row["curve"][METRIC]) for row in rows)
+            values = np.array([row["curve"][METRIC][:length] for row in rows])
+            epochs = np.arange(1, length + 1) * (arm.steps_an_epoch if steps else 1)
+            style, label = ("-", "--", "-.", ":")[i % 4], f"{arm.name} ({len(rows)} seed{'s' * (len(rows) > 1)})"
+            (line,) = axes.plot(epochs, values.mean(0), style, label=label)
+            axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set(xlabel="optimiser steps" if steps else "epoch", ylabel=f"validation {METRIC}", title=said)
+        if steps:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    with rc_context({"svg.hashsalt": title}):  # the same rows are the same file
+        figure.savefig(path, format="svg", metadata={"Date": None})
     return f"![{title}]({path.name})"
 
 
@@ -229,13 +278,14 @@ def _optimisation(results: Results, out: Path) -> list[str]:
         lines += reaching(results, found, published, 1.0)
         shown = [arm for arm in arms if arm.name in SHOWN]
         path = out.with_name(f"{out.stem}-plans-{domain}.svg")
-        lines += [curves(results, shown, f"plans on {domain}", path, steps=True), "", *commands(results, arms)]
+        title = f"plans on {domain}"
+        lines += [curves(results, {title: shown}, title, path, steps=True), "", *commands(results, arms)]
     return lines
 
 
 SHOWN = {
     *("published", "1024, 1e-3", "1024, 1e-3, average .99", "1024, 1e-3, cosine 10", "1024, 1e-3, cosine 20"),
-    *("512, 1e-3", "512, 1e-3, cosine 10", "512, 1e-3, cosine 30", "512, 3e-4, cosine 30"),
+    *("512, 1e-3", "512, 1e-3, cosine 30", "512, 3e-4, cosine 30", "512, 3e-4, average .99"),
     *("256, 1e-3", "256, 1e-3, cosine 30", "256, 3e-4, cosine 30"),
 }
 """Plans whose curves are drawn."""
@@ -248,20 +298,44 @@ def _transfer(results: Results, out: Path) -> list[str]:
         named = {arm.name: arm for arm in arms}
 
         def scratch(arm: Arm, named: dict[str, Arm] = named) -> Arm:
-            own = f"scratch, {arm.name.split(', ')[0]}, without ID"
-            if own in named:
-                return named[own]
-            return named["scratch, with ID" if arm.name.endswith("with ID") else "scratch, without ID"]
+            """From scratch in the same way."""
+            rest = arm.name.split(", ", 1)[1]
+            names = (f"scratch, {arm.name}", f"scratch, {rest}", f"scratch, {rest.split(', ')[-1]}")
+            return next(named[name] for name in names if name in named)
 
         source = next(arm.source for arm in arms if arm.source)
         main = [arm for arm in arms if arm.name.startswith(("scratch, with", "pre-trained, with"))]
-        lines += [f"### {source} → {domain}", ""]
-        lines += table(results, arms, scratch, "scratch")
+        three = [arm for arm in arms if arm.name.startswith("three domains")]
+        slow = [arm for arm in arms if ", 3e-4, " in arm.name]
+        short = [arm for arm in arms if ", 3 epochs, " in arm.name]
+        fewer = [arm for arm in arms if arm.users < 1]
+        rest = [arm for arm in arms if arm not in (*main, *three, *slow, *short, *fewer)]
+        lines += [f"### {source} → {domain}", "", *table(results, [*main, *three], scratch, "scratch")]
         for kind in ("with ID", "without ID"):
             lines += reaching(
                 results, [a for a in main if a.name.endswith(f", {kind}")], named[f"scratch, {kind}"], 0.95
             )
-        lines += [curves(results, main, f"{source} → {domain}", out.with_name(f"{out.stem}-{domain}.svg")), ""]
+        title = f"{source} → {domain}"
+        panels = {
+            title: main,
+            f"{title}, 3e-4": [a for a in slow if a.name.startswith(("scratch", "pre-trained,"))],
+            f"{title}, a tenth of the users": fewer[-4:],
+        }
+        panels = {said: group for said, group in panels.items() if any(results.of(arm) for arm in group)} or {
+            title: main
+        }
+        lines += [curves(results, panels, title, out.with_name(f"{out.stem}-{domain}.svg")), ""]
+        for said, group in (
+            ("At 3e-4:", slow),
+            ("Three epochs and no more, the rate falling to their end:", short),
+            (
+                "Fewer users in the target, drawn once by the runner, all its items, the plan of the tiny domain:",
+                fewer,
+            ),
+            ("What else could help:", rest),
+        ):
+            if group:
+                lines += [said, "", *table(results, group, scratch, "scratch")]
         lines += commands(results, arms)
     return lines
 
@@ -275,16 +349,11 @@ def page(folder: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     finished = [row for rows in results.rows.values() for row in rows.values()]
     machines = sorted({f"{row['device'].replace('x86_64', 'a CPU')}, torch {row['torch']}" for row in finished})
-    processes = sorted({row["processes"] for row in finished})
     start, *texts = FINDINGS.read_text(encoding="utf-8").split("\n## ")
     lines = ["# Measurements", "", start.strip(), ""]
-    together = " or ".join(map(str, processes))
     lines += [
-        f"{len(finished)} fine-tunings on {' and '.join(machines)}, {together} at a time on one GPU: seconds compare "
-        "within this page, a training alone is quicker; they are medians, because the first of a call wait for "
-        "kernels to be compiled. Mean ± standard deviation over seeds; differences with the 95 % interval of a paired "
-        "bootstrap over users, of the means of the seeds that both have, and in how many of these the arm lies above "
-        f"(3/5). The settings, learning curve and metrics of each row: `{out.stem}.jsonl`.",
+        f"{len(finished)} fine-tunings on {' and '.join(machines)}. The settings, learning curve and metrics of each "
+        f"row: `{out.stem}.jsonl`.",
         "",
     ]
     for text, section in zip(texts, SECTIONS, strict=True):

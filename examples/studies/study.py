@@ -1,12 +1,14 @@
 """The measurements behind the defaults: time, missing images, optimisation, transfer.
 
-    python examples/studies/study.py run ml100k.npz office.npz … --out results --seconds 400 --processes 8 time:1,2 …
+    python examples/studies/study.py run ml100k.npz office.npz … --out results --seconds 400 --arms time:1,2 missing:1 …
+    python examples/studies/study.py pace ml100k.npz office.npz … --out results --seconds 90 --arms time missing …
     python examples/studies/study.py page results --out docs/measurements.md
 
 Inputs are those of `examples/benchmarks/baselines.py prepare`. Every training is a `mmm4rec finetune` (after a
 `mmm4rec pretrain`) through the same functions; several share a GPU. What has a row in `rows.jsonl` is not trained
-again. Arms are named by the beginning of their key (* stands for anything), with the seeds behind a colon; they begin
-in the order that is given.
+again. Trainings that share a GPU wait for each other, so `pace` times an epoch of each kind of training alone. Arms are
+named by their key or its beginning (* stands for anything), with the seeds behind a colon; they begin in the order that
+is given.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 
-from arms import ARMS, training_of, written
+from arms import ARMS, KNOWN, training_of, written
 from baselines import Workers, read_inputs
 
 from mmm4rec_cli.data.dataset import Dataset
@@ -101,11 +104,36 @@ def with_hidden_images(dataset: Dataset, share: float, seed: int) -> Dataset:
     return replace(dataset, features=replace(features, has_image=has, image=image))
 
 
+def with_fewer_users(dataset: Dataset, share: float) -> Dataset:
+    """The data set with a random share of its users, the same in every call."""
+    kept = np.sort(np.random.default_rng(0).permutation(dataset.n_users)[: round(share * dataset.n_users)])
+    return _with_interactions(dataset, np.isin(_users(dataset), kept), kept)
+
+
+def known_part(dataset: Dataset) -> Dataset:
+    """What training may see of it: no interaction that validation or test asks for."""
+    known = dataset.sequences.split("leave_one_out").known_N.numpy()
+    return _with_interactions(dataset, known, np.arange(dataset.n_users))
+
+
+def _users(dataset: Dataset) -> Any:
+    return dataset.sequences.users_of(torch.arange(len(dataset.sequences.items_N))).numpy()
+
+
+def _with_interactions(dataset: Dataset, chosen: Any, users: Any) -> Dataset:
+    s, user = dataset.sequences, np.searchsorted(users, _users(dataset)[chosen]).astype(np.int32)
+    return replace(
+        dataset,
+        sequences=Sequences.of(user, s.items_N.numpy()[chosen], s.times_N.numpy()[chosen], len(users)),
+        raw_user_ids=[dataset.raw_user_ids[i] for i in users],
+    )
+
+
 def source_of(name: str) -> Dataset:
     """One of the data sets, or several that are joined by "+", as `mmm4rec pretrain` does with several domains."""
     if "+" not in name:
-        return _datasets[name]
-    parts = [without_images(_datasets[one]) for one in name.split("+")]
+        return known_part(_datasets[name.removesuffix(KNOWN)]) if name.endswith(KNOWN) else _datasets[name]
+    parts = [without_images(source_of(one)) for one in name.split("+")]
     users, items = (np.cumsum([0, *(getattr(part, n) for part in parts)]) for n in ("n_users", "n_items"))
     kept = [part.sequences for part in parts]
 
@@ -119,12 +147,7 @@ def source_of(name: str) -> Dataset:
         name=name,
         domains=tuple(name.split("+")),
         sequences=Sequences.of(
-            np.concatenate(
-                [
-                    s.users_of(torch.arange(len(s.items_N))).numpy() + np.int32(u)
-                    for s, u in zip(kept, users, strict=False)
-                ]
-            ),
+            np.concatenate([_users(part) + np.int32(u) for part, u in zip(parts, users, strict=False)]),
             np.concatenate([s.items_N.numpy() + np.int32(i) for s, i in zip(kept, items, strict=False)]),
             np.concatenate([s.times_N.numpy() for s in kept]),
             int(users[-1]),
@@ -160,6 +183,8 @@ def train(job: Job, device: str, deadline: float, source: str | None, more: tupl
             }
         settings = load(overrides=[*written(arm.sets), *runtime], workspace=workspace)
         dataset = _datasets[arm.domain]
+        if arm.users < 1:
+            dataset = with_fewer_users(dataset, arm.users)
         if arm.hidden:
             dataset = with_hidden_images(dataset, arm.hidden, job.seed)
         result = finetune_on(
@@ -172,7 +197,8 @@ def train(job: Job, device: str, deadline: float, source: str | None, more: tupl
     best = result["best_epoch"]
     row = {
         **{"arm": job.arm, "block": arm.block, "domain": arm.domain, "seed": job.seed},
-        **{"sets": arm.sets, "source": arm.source, "source_sets": arm.source_sets, "hidden": arm.hidden},
+        **{"sets": arm.sets, "source": arm.source, "source_sets": arm.source_sets},
+        **{"hidden": arm.hidden, "users": arm.users},
         **{"best_epoch": best, "epochs": result["epochs"], "seconds": result["seconds"]},
         "seconds_to_best": sum(epoch["seconds"] for epoch in epochs[:best]),
         "train_seconds_to_best": sum(epoch["train_seconds"] for epoch in epochs[:best]),
@@ -214,7 +240,7 @@ def jobs_of(words: list[str]) -> list[Job]:
     jobs: dict[Job, None] = {}
     for word in words:
         beginning, _, seeds = word.partition(":")
-        mine = [key for key in ARMS if fnmatchcase(key, beginning + "*")]
+        mine = [beginning] if beginning in ARMS else [key for key in ARMS if fnmatchcase(key, beginning + "*")]
         if not mine:
             raise SystemExit(f"no arm begins with {beginning}: {', '.join(ARMS)}")
         jobs |= {Job(key, int(seed)): None for seed in (seeds or "1").split(",") for key in mine}
@@ -283,28 +309,72 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(waiting)} left")
 
 
+PACE = {"epochs": 3, "patience": 3, "schedule": "constant"}
+"""What is timed: the first epoch waits for kernels, the others are those of any longer training."""
+
+
+def pace(args: argparse.Namespace) -> None:
+    """Seconds of an epoch of each kind of training alone on its device; what has a row is not timed again."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.time() + args.seconds
+    reporter = UntilDeadline(deadline)
+    start(args.inputs, args.workspace, args.threads)
+    done = {row["pace"] for row in read_rows(args.out) if "pace" in row}
+    arms = [ARMS[job.arm] for job in jobs_of(args.arms)]
+    kinds = {arm.work: (arm, False) for arm in arms}
+    kinds |= {work: (arm, True) for arm in arms if (work := arm.source_work)}
+    with (args.out / "rows.jsonl").open("a") as stream:
+        for work, (arm, pretrain) in kinds.items():
+            if work in done:
+                continue
+            part, sets = ("pretrain", arm.source_sets) if pretrain else ("finetune", arm.sets)
+            chosen = {name: value for name, value in PACE.items() if not (pretrain and name == "patience")}
+            sets = {**sets, **{f"{part}.{name}": value for name, value in chosen.items()}}
+            workspace = Workspace(args.workspace / "pace")
+            shutil.rmtree(workspace.root, ignore_errors=True)
+            runtime = [f"runtime.device={args.device}", *args.set]
+            settings = load(overrides=[*written(sets), *runtime], workspace=workspace)
+            dataset = source_of(arm.source or "") if pretrain else with_fewer_users(_datasets[arm.domain], arm.users)
+            try:
+                if pretrain:
+                    result = pretrain_on(workspace, dataset, settings, reporter=reporter)
+                else:
+                    result = finetune_on(workspace, dataset, settings, pretrained="none", reporter=reporter)
+            except OutOfTimeError:
+                break
+            epochs = Run(workspace.runs / part / dataset.name / result["run"]).epochs[1:]
+            row = {"pace": work, "epochs": len(epochs), "device": result["hardware"]["name"]}
+            row |= {"seconds": median(epoch["seconds"] for epoch in epochs), "torch": result["versions"]["torch"]}
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+            print(f"{row['seconds']:8.3f} s  {work}", flush=True)
+    shutil.rmtree(args.workspace / "pace", ignore_errors=True)
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    one = commands.add_parser("run")
-    one.add_argument("inputs", type=Path, nargs="+")
-    one.add_argument("--arms", nargs="+", required=True, metavar="BEGINNING:SEEDS")
-    one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--workspace", type=Path, required=True, help="where the runs lie; a folder in memory is quick")
-    one.add_argument("--seconds", type=float, default=400, help="all in all")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("inputs", type=Path, nargs="+")
+    shared.add_argument("--arms", nargs="+", required=True, metavar="BEGINNING:SEEDS")
+    shared.add_argument("--out", type=Path, required=True)
+    shared.add_argument("--workspace", type=Path, required=True, help="where the runs lie; a folder in memory is quick")
+    shared.add_argument("--seconds", type=float, default=400, help="all in all")
+    shared.add_argument("--threads", type=int, default=1)
+    shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    shared.add_argument("--set", action="append", default=[], help="as of `mmm4rec`, for every arm")
+    one = commands.add_parser("run", parents=[shared])
     one.add_argument("--spare", type=float, default=10, help="seconds before the end when nothing new is begun")
     one.add_argument("--processes", type=int, default=8)
-    one.add_argument("--threads", type=int, default=1)
-    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    one.add_argument("--set", action="append", default=[], help="as of `mmm4rec`, for every arm")
+    commands.add_parser("pace", parents=[shared])
     two = commands.add_parser("page")
     two.add_argument("results", type=Path)
     two.add_argument("--out", type=Path, required=True)
     commands.add_parser("list")
     args = parser.parse_args(words)
-    if args.command == "run":
+    if args.command in ("run", "pace"):
         args.inputs = [path.resolve() for path in args.inputs]
-        run(args)
+        (run if args.command == "run" else pace)(args)
     elif args.command == "list":
         print("\n".join(ARMS))
     else:

@@ -14,6 +14,9 @@ from typing import Any
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 ROWS = ("h200_kernels.jsonl", "h100_kernels.jsonl")
+COLD_ROWS = ("h200_cold.jsonl", "h100_cold.jsonl")
+COLD = 15.0
+"""Seconds that a cold first call at most 64 places long may take."""
 FORWARD, BOTH = "forward", "forward+backward"
 OTHER_RUNS = ("h200_chunks.jsonl", "h200.jsonl", "h200_tiles.jsonl", "h100_variants.jsonl")
 """Rows of these operations from before `run` took its present form, or of kernels on the way."""
@@ -21,6 +24,7 @@ COMMAND = "python kernels/benchmarks/run.py --out kernels/benchmarks/results/h20
 WHERE = ("operation", "form", "peer", "batch", "length", "packed", "products", "direction", "device")
 """What a row is a measurement of; a later one takes the place of an earlier one."""
 OURS = "triton"
+PRODUCTS = ("tf32x3", "tf32", "bfloat16")
 PEERS = ("naive", "compiled", "mamba-ssm", "simple_gla", "causal-conv1d")
 """What the names of the peers' forms begin with."""
 TITLES = {
@@ -37,8 +41,30 @@ def read(path: Path) -> list[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each measurement, where the first one stood."""
-    return list({tuple(row.get(name) for name in WHERE): row for row in rows}.values())
+    """The last row of each measurement, in the order in which they were taken."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row.get(name) for name in WHERE)
+        found.pop(key, None)
+        found[key] = row
+    return list(found.values())
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """Of rows in the order in which they were taken those of the last one's commit."""
+    return [row for row in rows if row["commit"] == rows[-1]["commit"]]
+
+
+def own(rows: list[Row], field: str) -> Row | None:
+    """Our newest row that has a field; of those of one commit the one of a process of its own."""
+    found = newest([row for row in rows if row["form"] == OURS and field in row])
+    return min(found, key=lambda row: row["peer"] != OURS, default=None)
+
+
+def rank(row: Row) -> tuple[int, int, str]:
+    """Where a form stands in a table."""
+    order, name = (OURS, "torch", *PEERS), row["form"]
+    return next((i for i, start in enumerate(order) if name.startswith(start)), len(order)), len(name), name
 
 
 def where(row: Row) -> str:
@@ -78,18 +104,19 @@ def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> Iterator[str]:
 
 def measured(rows: list[Row], operation: str) -> Iterator[str]:
     """One table a shape: a line for each form and kind of products."""
-    mine = list(select(rows, operation=operation))
-    for shape in dict.fromkeys(where(row) for row in mine if where(row)):
-        here = [row for row in mine if where(row) == shape]
-        yield f"**{shape}**"
+    mine = [row for row in select(rows, operation=operation) if "batch" in row]
+    for packed, length, batch in sorted({(row["packed"], row["length"], -row["batch"]) for row in mine}):
+        here = list(select(mine, packed=packed, length=length, batch=-batch))
+        yield f"**{where(here[0])}**"
         yield ""
         lines = []
-        for products in dict.fromkeys(row["products"] for row in here):
-            for form in dict.fromkeys(row["form"] for row in here):
+        for products in PRODUCTS:
+            for form in dict.fromkeys(row["form"] for row in sorted(here, key=rank)):
                 found = {}
-                for row in select(here, products=products, form=form):
-                    if form != OURS or row["peer"] == OURS or row.get("direction") not in found:
-                        found[row.get("direction")] = row
+                of_form = list(select(here, products=products, form=form))
+                for direction in dict.fromkeys(row.get("direction") for row in of_form):
+                    way = list(select(of_form, direction=direction))
+                    found[direction] = (own(way, "us") if form == OURS else None) or way[-1]
                 if found:
                     lines.append(line(rows, form, products, found))
         head = (
@@ -149,14 +176,12 @@ def at_most(
     """A goal on our own time."""
 
     def judge(rows: list[Row]) -> list[str]:
-        found = [row for row in times(rows, operation, batch, length, products, direction) if row["form"] == OURS]
+        found = own(times(rows, operation, batch, length, products, direction), "us")
         what = f"`{operation}` {batch} × {length}, {products}, {direction}"
-        own = next((row for row in found if row["peer"] == OURS and "us" in row), None)
-        own = own or next((row for row in found if "us" in row), None)
-        if own is None:
+        if found is None:
             return [what, said, "–", "–", "not measured", ""]
-        met = "yes" if own["us"] <= bound(own) else f"no: {own['us'] / bound(own):.2f} × the goal"
-        return [what, said, f"{own['us']:.0f} µs", number(own.get("call_us")), met, own["commit"]]
+        met = "yes" if found["us"] <= bound(found) else f"no: {found['us'] / bound(found):.2f} × the goal"
+        return [what, said, f"{found['us']:.0f} µs", f"{found['call_us']:.0f} µs", met, found["commit"]]
 
     return judge
 
@@ -170,7 +195,7 @@ def faster(length: int, batch: int, peer: str, factor: float) -> Callable[[list[
         what = f"`ssd` {batch} × {length}, tf32, {BOTH}"
         if not found:
             return [what, f"≥ {factor:g} × {peer}", "–", "–", "not measured", ""]
-        parts, best = [], 0.0
+        found, parts, best = newest(found), [], 0.0
         for field in ("us", "call_us"):
             ratios = [r for row in found if (r := ratio(rows, row, field)) is not None]
             parts.append(f"{min(ratios):.1f} ×" if ratios else "–")
@@ -216,10 +241,39 @@ def other_runs(rows: Iterable[Row]) -> Iterator[str]:
     yield from table(("operation", "form", "shape", "products", "forward", "both", "run"), lines)
 
 
-def of_device(rows: list[Row], device: str) -> Iterator[str]:
+def first_calls(rows: list[Row]) -> Iterator[str]:
+    """Cold first calls, the last of each."""
+    keys = ("operation", "batch", "length", "packed")
+    lines = []
+    for row in {tuple(row[key] for key in keys): row for row in rows}.values():
+        shape = f"{row['batch']:,} packed, at most {row['length']}" if row["packed"] else where(row)
+        times = [number(row.get(name), ".1f") for name in ("first_s", "process_s")]
+        met = row.get("error") or ("yes" if row["first_s"] <= COLD else "no")
+        lines.append([f"`{row['operation']}`", shape, *times, met, row["commit"]])
+    head = ("operation", "shape", "first call, s", "whole process, s", f"≤ {COLD:g} s", "commit")
+    yield from table(head, lines)
+
+
+def on_cpu(rows: Iterable[Row]) -> Iterator[str]:
+    """The scan on a CPU: the last rows of each shape, ours beside the naive form."""
+    found: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["batch"], row["length"]), {})[row["form"]] = row
+    lines = []
+    for (batch, length), forms in found.items():
+        naive, ours = forms["naive"], forms["torch"]
+        cells = [f"{row[way]:.1f}" for way in ("forward_ms", "both_ms") for row in (naive, ours)]
+        ratio = f"{naive['both_ms'] / ours['both_ms']:.1f} ×"
+        lines.append([f"{batch} × {length}", *cells, ratio, str(ours["threads"]), ours["note"], ours["commit"]])
+    head = ("shape", "naive forward, ms", "ours", "naive both", "ours", "ratio", "threads", "machine", "commit")
+    yield from table(head, lines)
+
+
+def of_device(rows: list[Row], device: str, cold: list[Row]) -> Iterator[str]:
     """Everything measured on one kind of card."""
     about = {name: sorted({row[name] for row in rows}) for name in ("torch", "triton", "commit")}
-    missing = sorted({f"{row['form']}: {row['error']}" for row in rows if "batch" not in row})
+    there = {row["form"] for row in rows if "batch" in row}
+    missing = sorted({f"{row['form']}: {row['error']}" for row in rows if row["form"] not in there})
     unseen = [peer for peer in PEERS if not any(row["form"].startswith(peer) for row in rows)]
     missing += [f"no rows of {', '.join(unseen)} yet"] if unseen else []
     yield f"## {device}"
@@ -232,15 +286,19 @@ def of_device(rows: list[Row], device: str) -> Iterator[str]:
     yield ""
     head = ("what", "goal", "device", "as called", "met on the device", "commit")
     yield from table(head, (goal(rows) for goal in GOALS))
+    if cold:
+        yield "### Cold first calls, forward and backward, float32"
+        yield ""
+        yield from first_calls(cold)
     for operation, title in TITLES.items():
         yield f"### {title}"
         yield ""
         yield from measured(rows, operation)
 
 
-def page(rows: list[Row], others: dict[str, list[Row]]) -> str:
-    """The whole page: of the rows, and of other files' rows by the name of the file."""
-    rows = latest(rows)
+def page(rows: list[Row], others: dict[str, list[Row]], cold: Iterable[Row] = (), cpu: Iterable[Row] = ()) -> str:
+    """The whole page: of the rows, of other files' rows by the name of the file, of cold first calls, and on a CPU."""
+    undisturbed = latest(row for row in rows if "disturbed" not in row)
     lines = [
         "# Kernels, measured",
         "",
@@ -256,20 +314,24 @@ def page(rows: list[Row], others: dict[str, list[Row]]) -> str:
         "*tf32* one. A dash: not measured, or not recordable as a graph. Every form was compared with the float64",
         "recurrence on the batch that was timed, before that. Heads 8, head dim 64, state 64, one group a head, 4",
         "taps. The naive forms and those of torch.compile have no packed sequences: they run padded, as 1024 × 20.",
-        "mamba-ssm's block knows no time factor. The goals were set for an H200. *commit* is the state of our kernels",
-        "that a row, and the ratio in it, was measured with.",
+        "mamba-ssm's block knows no time factor, and would take one norm a group: it gates, and its norm follows.",
+        "simple_gla 0.6 refuses its backward pass on these cards with this Triton, so 0.2.2 is timed too. A cold",
+        "first call is one in a fresh process with an empty cache of kernels (`python kernels/benchmarks/cold.py`).",
+        "The goals were set for an H200. *commit* is the state of our kernels that a row, and the ratio in it, was",
+        "measured with. Rows that another process disturbed are marked so in the files and left out here.",
         "",
     ]
-    for device in dict.fromkeys(row["device"] for row in rows):
-        lines += of_device(list(select(rows, device=device)), device)
+    for device in dict.fromkeys(row["device"] for row in undisturbed):
+        lines += of_device(list(select(undisturbed, device=device)), device, list(select(cold, device=device)))
+    lines += ["## CPU: the scan, `torch` beside the naive form (`cpu_scan.py`)", "", *on_cpu(cpu)]
     for name, found in others.items():
         lines += [f"## Other runs: {name}", "", *other_runs(found)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def measured_rows(folder: Path) -> list[Row]:
+def measured_rows(folder: Path, names: Iterable[str] = ROWS) -> list[Row]:
     """The rows of every card, those of an H200 first."""
-    return [row for name in ROWS if (folder / name).exists() for row in read(folder / name)]
+    return [row for name in names if (folder / name).exists() for row in read(folder / name)]
 
 
 def beside(folder: Path) -> dict[str, list[Row]]:
@@ -277,5 +339,11 @@ def beside(folder: Path) -> dict[str, list[Row]]:
     return {name: read(folder / name) for name in OTHER_RUNS if (folder / name).exists()}
 
 
+def written(folder: Path) -> str:
+    """The page of a folder of results."""
+    cold, cpu = (measured_rows(folder, names) for names in (COLD_ROWS, ("cpu_scan.jsonl",)))
+    return page(measured_rows(folder), beside(folder), cold, cpu)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(page(measured_rows(RESULTS), beside(RESULTS)))
+    sys.stdout.write(written(RESULTS))

@@ -84,6 +84,18 @@ SHAPES = {
     "gated_rms_norm": [Shape(1024, 20)],
     "ssd_block": [Shape(1024, 20), Shape(1024, 50), Shape(256, 200), Shape(64, 1024), PACKED],
 }
+CROSSINGS = {
+    "ssd": [Shape(1, 20), Shape(32, 20), Shape(1, 200), Shape(32, 200), Shape(2, 2048)],
+    "causal_conv1d": [Shape(1, 20), Shape(32, 20), Shape(1, 200)],
+    "gated_rms_norm": [Shape(1, 20), Shape(32, 20)],
+    "ssd_block": [Shape(1, 20), Shape(32, 20), Shape(1, 200), Shape(32, 200)],
+}
+"""Where the torch backend, too, might be the fastest: batches that do not fill a GPU."""
+
+
+def shapes_of(operation: str, peer: str) -> list[Shape]:
+    """Where a peer is timed."""
+    return SHAPES[operation] + (CROSSINGS[operation] if peer == "torch" else [])
 
 
 def inputs_of(operation: str, shape: Shape, dtype: torch.dtype) -> Tensors:
@@ -276,6 +288,11 @@ def timed(
         yield row
 
 
+def takes(form: Form, shape: Shape) -> bool:
+    """Whether a form knows sequences of that length and kind."""
+    return form.lengths(shape.length) and shape.packed <= form.packed
+
+
 def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one peer, ours beside it."""
     end = time.monotonic() + options.seconds
@@ -293,15 +310,16 @@ def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {"operation": operation, "form": form.name, "peer": options.peer, "error": f"missing: {error}"}
         if options.peer != "triton" and set(built) <= {"triton"}:
             continue
-        for number, shape in enumerate(SHAPES[operation]):
-            if options.shape not in (None, number):
+        for number, shape in enumerate(shapes_of(operation, options.peer)):
+            if options.shape and number not in options.shape:
                 continue
             for mode in options.products or list(MODES):
                 if mode == "tf32x3" and options.peer not in ("triton", "torch"):
                     continue  # others take single TF32 products, whatever is asked for
-                for form in mine:
-                    if form.name not in built or not form.lengths(shape.length) or shape.packed > form.packed:
-                        continue
+                here = [form for form in mine if form.name in built and takes(form, shape)]
+                if all(form.peer != options.peer for form in here):
+                    continue
+                for form in here:
                     if time.monotonic() > end:
                         return
                     yield from _rows(options, form, built[form.name], shape, mode)
@@ -333,9 +351,9 @@ def spawn(options: argparse.Namespace, peer: str, *more: str) -> str:
     """One worker, ended after --limit seconds; what it printed."""
     command = [sys.executable, __file__, "--out", str(options.out), "--peer", peer, "--truths", str(options.truths)]
     command += ["--commit", options.commit, "--seconds", str(options.seconds), *more]
-    for name in ("operation", "products"):
+    for name in ("operation", "products", "shape"):
         if f"--{name}" not in more:
-            command += [part for value in getattr(options, name) or [] for part in (f"--{name}", value)]
+            command += [part for value in getattr(options, name) or [] for part in (f"--{name}", str(value))]
     begin = time.perf_counter()
     environment = os.environ | {"TRITON_CACHE_AUTOTUNING": "0" if "--check-only" in more else "1"}
     try:
@@ -357,19 +375,39 @@ def warm(options: argparse.Namespace) -> None:
     for form in forms():
         if form.peer not in options.peers or form.peer not in ("triton", "torch.compile"):
             continue
+        if options.operation and form.operation not in options.operation:
+            continue
         for mode in options.products or list(MODES):
             common = ("--check-only", "--operation", form.operation, "--products", mode)
             if form.peer == "triton":
                 tasks.append((form.peer, *common))
             elif mode != "tf32x3":
-                shapes = enumerate(SHAPES[form.operation])
-                fit = [str(i) for i, shape in shapes if form.lengths(shape.length) and not shape.packed]
-                tasks += [(form.peer, *common, "--shape", i) for i in fit]
+                tasks += [(form.peer, *common, "--shape", number) for number in fitting(options, form)]
     begin = time.perf_counter()
     with ThreadPoolExecutor(options.warm) as pool:
         for said in pool.map(lambda task: spawn(options, *task), tasks):
             print(said, flush=True)
     print(f"warm after {time.perf_counter() - begin:.1f} s", flush=True)
+
+
+def fitting(options: argparse.Namespace, form: Form) -> list[str]:
+    """Numbers of the shapes that a form is asked for and can take."""
+    shapes = enumerate(SHAPES[form.operation])
+    fit = [number for number, shape in shapes if takes(form, shape)]
+    return [str(number) for number in fit if not options.shape or number in options.shape]
+
+
+def turns(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    """A process each: a peer, and of what torch compiles, which keeps what it compiled before, an operation's shape."""
+    compiled = {form.operation: form for form in forms() if form.peer == "torch.compile"}
+    for peer in options.peers:
+        if peer != "torch.compile":
+            yield (peer,)
+            continue
+        for operation in options.operation or list(compiled):
+            if operation in compiled:
+                numbers = fitting(options, compiled[operation])
+                yield from ((peer, "--operation", operation, "--shape", number) for number in numbers)
 
 
 def main() -> None:
@@ -386,7 +424,7 @@ def main() -> None:
     parser.add_argument("--commit", help="recorded; asked of git if absent")
     parser.add_argument("--truths", type=Path, help="where the recurrence's results are kept; a new folder if absent")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--shape", action="append", type=int, help="only these of an operation's shapes, from 0")
     parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -419,8 +457,9 @@ def main() -> None:
             warm(options)
         if options.warm_only:
             return
-        for peer in options.peers:
-            print(spawn(options, peer), flush=True)
+        with ThreadPoolExecutor(2) as pool:  # one times, the next one starts meanwhile
+            for said in pool.map(lambda turn: spawn(options, *turn), turns(options)):
+                print(said, flush=True)
 
 
 if __name__ == "__main__":

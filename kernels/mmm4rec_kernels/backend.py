@@ -79,10 +79,15 @@ def _probe_triton() -> Availability:
         return Availability(True, f"triton {version}, interpreted on the CPU (TRITON_INTERPRET=1)")
     if not torch.cuda.is_available():
         return Availability(False, f"triton {version} is installed, but torch sees no CUDA device")
-    major, minor = torch.cuda.get_device_capability()
+    return _triton_on(torch.cuda.current_device(), version)
+
+
+@functools.cache
+def _triton_on(device: int, version: str) -> Availability:
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return Availability(False, f"the GPU has compute capability {major}.{minor}; 8.0 or newer is needed")
-    return Availability(True, f"triton {version}, {torch.cuda.get_device_name()}")
+    return Availability(True, f"triton {version}, {torch.cuda.get_device_name(device)}")
 
 
 _failed: dict[str, str] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 import triton.language as tl
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -27,7 +26,7 @@ def precision() -> str:
 
 def tile(size: int) -> int:
     """The power of two that holds `size`, at least 16, the smallest side of a matrix product."""
-    return max(16, int(triton.next_power_of_2(size)))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def align(*strides: int) -> int:

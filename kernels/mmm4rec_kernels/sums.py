@@ -45,7 +45,7 @@ def sum_rows(rows: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor
     count, columns = rows.shape
     if to is None:
         to = torch.empty(columns, dtype=rows.dtype, device=rows.device)
-    parts = min(SIDE_BY_SIDE, triton.cdiv(count, 2 * SIDE_BY_SIDE))
+    parts = min(SIDE_BY_SIDE, -(-count // (2 * SIDE_BY_SIDE)))
     if parts > 2:
         _launch(rows, partial := rows.new_empty(parts, columns), parts)
         rows = partial
@@ -55,6 +55,6 @@ def sum_rows(rows: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor
 
 def _launch(rows: torch.Tensor, to: torch.Tensor, parts: int) -> None:
     count, columns = rows.shape
-    ordered_sums[(triton.cdiv(columns, SIDE_BY_SIDE), parts)](
+    ordered_sums[(-(-columns // SIDE_BY_SIDE), parts)](
         rows, to, count, columns, rows.stride(0), 0, BR=SIDE_BY_SIDE, BC=SIDE_BY_SIDE, num_warps=4
     )

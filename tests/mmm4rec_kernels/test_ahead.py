@@ -94,11 +94,13 @@ def test_the_block_of_packed_sequences_compiles(capability):
     finally:
         torch.set_float32_matmul_precision("highest")
     names = {need.kernel for need in needs}
-    assert names >= {"block_steps", "block_forward", "block_backward", "block_steps_backward", "conv_backward"}
+    assert names >= {"block_steps", "block_forward", "block_backward", "block_steps_backward", "columns_backward"}
     for need in needs:
         assert need.registers <= 255
         assert need.shared <= SHARED_LIMIT
-        assert capability != 90 or need.spilled <= {"block_backward": 160}.get(need.kernel, 0), need.kernel
+        assert capability != 90 or need.spilled <= {"block_backward": 160, "block_forward": 24}.get(need.kernel, 0), (
+            need.kernel
+        )
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])

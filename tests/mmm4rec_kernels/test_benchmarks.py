@@ -63,33 +63,54 @@ def rows(page):
     return page.measured_rows(page.RESULTS)
 
 
-def test_the_page_is_made_of_the_rows(page, rows):
-    made = page.page(rows, page.beside(page.RESULTS))
-    assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == made
+def test_the_page_is_made_of_the_rows(page):
+    assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == page.written(page.RESULTS)
 
 
 def test_a_later_row_takes_the_place_of_an_earlier_one(page):
     shape = {"operation": "ssd", "batch": 1024, "length": 20, "packed": False, "places": 20480, "products": "tf32"}
     about = {"device": "D", "torch": "t", "triton": "r", "form": "triton", "peer": "triton", "direction": "forward"}
-    rows = [{**shape, **about, "commit": commit, "us": us} for commit, us in (("old", 93.0), ("new", 71.0))]
+    rows = [{**shape, **about, "commit": commit, "us": us} for commit, us in (("0ld", 93.0), ("new", 71.0))]
     made = page.page(rows, {})
     assert "| triton | tf32 | 71 |" in made
-    assert "old" not in made
+    assert "0ld" not in made
     elsewhere = {**rows[0], "device": "E"}
     assert "| triton | tf32 | 93 |" in page.page([*rows, elsewhere], {})
 
 
-def test_auto_takes_what_was_fastest(rows):
+def test_auto_takes_what_was_fastest(page, rows):
     """Forward and backward on the device, of our own backends wherever both were timed in one process."""
+    names = ("device", "operation", "products", "batch", "length", "packed", "peer", "commit")
     fastest: dict[tuple, dict[str, float]] = {}
-    for row in rows:
+    for row in page.latest(rows):
         if row.get("direction") == "forward+backward" and row.get("us") and row["form"] in ("triton", "torch"):
-            key = (row["operation"], row["products"], row["batch"], row["length"], row["packed"], row["peer"])
-            fastest.setdefault(key, {})[row["form"]] = row["us"]
-    for (operation, products, _, length, _, _), found in fastest.items():
+            fastest.setdefault(tuple(row[name] for name in names), {})[row["form"]] = row["us"]
+    for (_, operation, products, _, length, *_), found in fastest.items():
         if len(found) == 2:
             spans = crossovers.FASTEST[operation][products]
             assert next(name for longest, name in spans if length <= longest) == min(found, key=found.get)
+
+
+def test_goals_and_tables_are_of_the_newest_state(page):
+    shape = {"operation": "ssd", "batch": 1024, "length": 20, "packed": False, "places": 20480, "products": "tf32"}
+    about = {"device": "D", "torch": "t", "triton": "r", "direction": "forward+backward", "call_us": 9.0}
+    measured = (("triton", "triton", "old", 20.0), ("triton", "naive", "new", 12.0), ("naive", "naive", "new", 60.0))
+    rows = [
+        {**shape, **about, "form": f, "peer": p, "commit": c, "us": us, "floor_us": 9.0} for f, p, c, us in measured
+    ]
+    made = page.page(rows, {})
+    assert "| triton | tf32 | – | 12 |" in made
+    assert "≤ 1.5 × byte floor | 12 µs | 9 µs | yes | new |" in made
+    assert "≥ 10 × naive | 5.0 × | 1.0 × | no: 0.50 of the goal | new |" in made
+
+
+def test_cold_first_calls_are_on_the_page(page):
+    about = {"device": "D", "commit": "c", "torch": "t", "triton": "r", "operation": "ssd", "batch": 8}
+    cold = about | {"length": 64, "packed": False, "first_s": 3.21, "process_s": 9.0}
+    row = about | {"length": 20, "packed": False, "products": "tf32", "form": "triton", "peer": "triton", "us": 7.0}
+    made = page.page([row], {}, [cold, cold | {"operation": "ssd_block", "first_s": 16.0}])
+    assert "| `ssd` | 8 × 64 | 3.2 | 9.0 | yes | c |" in made
+    assert "| `ssd_block` | 8 × 64 | 16.0 | 9.0 | no | c |" in made
 
 
 def test_ratios_are_taken_within_one_process(page):

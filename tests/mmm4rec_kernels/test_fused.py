@@ -10,6 +10,8 @@ import os
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from mmm4rec_kernels import BackendUnavailable, CrossProjections, causal_conv1d, gated_rms_norm, ssd, ssd_block
 from mmm4rec_kernels.agreement import FLOOR, disagreement
@@ -329,6 +331,50 @@ def test_block_leaves_places_behind_the_last_sequence_zero():
     assert b["projected"].grad.isfinite().all()
 
 
+def tiles_of(lengths, longest, behind):
+    """Checks that tiles hold whole sequences and every place once; their sizes."""
+    from mmm4rec_kernels.block import short
+    from mmm4rec_kernels.block.ops import TILE, planned_tiles
+
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    rows = int(bounds[-1]) + behind
+    with poisoned():
+        projected, ends = torch.zeros(1, rows, 1, device=DEVICE), bounds.to(DEVICE)
+        _, places, _ = short.prepare(projected, None, *torch.zeros(2, 1, device=DEVICE), ends, True, longest)
+    first, start, stop = (t.cpu() for t in torch.split(places, [rows, *[planned_tiles(rows, longest)] * 2]))
+    owner = torch.searchsorted(bounds, torch.arange(rows), right=True) - 1
+    assert torch.equal(first, torch.where(owner < len(lengths), bounds[owner], -1).int())
+    held = stop > start
+    size = (stop - start)[held]
+    assert size.max() <= TILE
+    start, order = start[held].sort()
+    assert torch.equal(torch.cat([start, torch.tensor([rows])]), torch.cat([torch.tensor([0]), stop[held][order]]))
+    assert set(start.tolist()) <= {*bounds.tolist(), *range(int(bounds[-1]), rows)}
+    return size
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.data(), st.sampled_from([1, 17, 20, 32]), st.sampled_from([0, 1, 70]))
+def test_tiles_hold_whole_sequences_and_every_place_once(data, longest, behind):
+    lengths = data.draw(st.lists(st.integers(0, longest), min_size=1, max_size=40))
+    assume(sum(lengths) + behind)
+    tiles_of(lengths, longest, behind)
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"),
+    [(32, [1, 32] * 40), (32, [32] * 33), (17, [17] * 65), (1, [1] * 1100), (16, [1, 16] * 80), (20, [16] * 64 + [20])],
+)
+def test_tiles_suffice_in_the_worst_case(longest, lengths):
+    tiles_of(lengths, longest, 0)
+
+
+def test_tiles_of_short_sequences_are_almost_full():
+    lengths = torch.randint(1, 8, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    size = tiles_of(lengths, 20, 0)
+    assert size.double().mean() > 0.85 * size.max()
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 20, 31, 32, 33, 50, 63, 64, 65, 200])
@@ -336,6 +382,18 @@ def test_block_leaves_places_behind_the_last_sequence_zero():
 def test_block_at_every_length(kind, length):
     draws = [block_inputs(kind, 5, length, heads=8, width=64, groups=8, state=64, seed=seed) for seed in range(3)]
     agree(block if kind == "self" else crossing, *draws, groups=8, floor=THREE_PASS_FLOOR)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("length", [1, 8, 9, 20, 32, 33])
+def test_block_without_gradients_at_every_length(length):
+    inputs = {k: t.to(DEVICE) for k, t in block_inputs("self", 5, length, 8, 64, 8, 64).items()}
+    results = [block(**inputs, groups=8, backend=backend) for backend in ("triton", "reference")]
+    truth = block(**{k: t.double() for k, t in inputs.items()}, groups=8, backend="reference")
+    assert torch.equal(block(**inputs, groups=8, backend="triton"), results[0])
+    got, yardstick, truth = ({"y": t} for t in (*results, truth))
+    assert not disagreement(got, truth, yardstick, THREE_PASS_FLOOR)
 
 
 @pytest.mark.gpu
@@ -358,20 +416,23 @@ def test_operators_are_well_formed(scan_inputs):
     def leaf(*shape):
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(conv_forward, (leaf(1, 3, 8), leaf(8, 4), leaf(8), None, False, 3, True), test_utils=checks)
-    torch.library.opcheck(norm_forward, (leaf(1, 2, 8), leaf(1, 2, 8), leaf(8), 1e-5, False), test_utils=checks)
+    def checked(operator, arguments):
+        checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(operator.overload, arguments, test_utils=checks)
+
+    checked(conv_forward, (leaf(1, 3, 8), leaf(8, 4), leaf(8), None, False, 3, True))
+    checked(norm_forward, (leaf(1, 2, 8), leaf(1, 2, 8), leaf(8), 1e-5, False))
     s = {k: t.to(DEVICE).requires_grad_() for k, t in scan(scan_inputs, 1, 3, heads=1, groups=1).items()}
     arguments = (s["x"], s["dt"], s["A"], s["B"], s["C"], s["D"], s["dt_bias"], None, None, False, 3, True, None)
     for want_final in (False, True):
-        torch.library.opcheck(scan_forward, (*arguments, True, want_final), test_utils=checks)
+        checked(scan_forward, (*arguments, True, want_final))
     b = {k: t.to(DEVICE).requires_grad_() for k, t in block_inputs("self", 1, 3).items()}
     names = ("conv_weight_CK", "conv_bias_C", "A_log_H", "D_H", "dt_bias_H", "norm_weight_E")
     tensors = (b["projected"], None, None, b["time_factor_BLH"], *(b[k] for k in names))
-    torch.library.opcheck(ssd_block_forward, (*tensors, None, False, 3, 2, 1e-12, True), test_utils=checks)
+    checked(ssd_block_forward, (*tensors, None, False, 3, 2, 1e-12, True))
     offsets = torch.tensor([0, 1, 3], device=DEVICE)
     for where in ((None, False), (offsets, True)):
-        torch.library.opcheck(short_forward, (*tensors, *where, 3, 2, 1e-12, True), test_utils=checks)
+        checked(short_forward, (*tensors, *where, 3, 2, 1e-12, True))
 
 
 def test_float64_is_refused(scan_inputs):

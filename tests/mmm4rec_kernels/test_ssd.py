@@ -7,6 +7,14 @@ import torch
 
 from mmm4rec_kernels import BackendUnavailable, ssd
 from mmm4rec_kernels.agreement import disagreement, distance
+from mmm4rec_kernels.ssd import eager
+
+
+@pytest.fixture(params=["by heads", "as compiled"])
+def form(request, monkeypatch):
+    """The torch backend's form for CPUs, and that for other devices and compilers, which a CPU can run too."""
+    if request.param == "as compiled":
+        monkeypatch.setattr(eager, "_by_heads", lambda *tensors: False)
 
 
 @pytest.mark.parametrize("case", ["ssd_gh", "ssd_g1"])
@@ -23,7 +31,7 @@ def test_published_numbers(golden, run, case, backend):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 20, 31, 33, 63, 64, 65, 130])
 @pytest.mark.parametrize("extreme", [False, True])
-def test_torch_agrees_with_the_recurrence(scan_inputs, run, length, extreme):
+def test_torch_agrees_with_the_recurrence(scan_inputs, run, length, extreme, form):
     inputs = scan_inputs(3, length, heads=6, width=5, groups=3, state=7, extreme=extreme, seed=length)
     truth = run(ssd, inputs, torch.float64, backend="reference")
     yardstick = run(ssd, inputs, backend="reference")
@@ -31,7 +39,7 @@ def test_torch_agrees_with_the_recurrence(scan_inputs, run, length, extreme):
 
 
 @pytest.mark.parametrize("length", [20, 150])
-def test_states_pass_through(scan_inputs, length):
+def test_states_pass_through(scan_inputs, length, form):
     inputs = scan_inputs(2, length, dtype=torch.float64)
     inputs.pop("cotangent")
     for backend in ("reference", "torch"):
@@ -94,7 +102,8 @@ def test_later_places_do_not_reach_back(scan_inputs, length):
     assert torch.equal(ssd(**inputs, backend="torch")[:, : length // 2], before[:, : length // 2])
 
 
-def test_gradients_are_those_of_finite_differences(scan_inputs):
+def test_gradients_are_those_of_finite_differences(scan_inputs, form, monkeypatch):
+    monkeypatch.setattr(eager, "CHUNK", 2)
     inputs = scan_inputs(2, 5, heads=2, width=3, groups=1, state=2, dtype=torch.float64)
     inputs.pop("cotangent")
     inputs = {k: t.double().requires_grad_() for k, t in inputs.items()}

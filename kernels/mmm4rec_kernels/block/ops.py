@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import operator
 from mmm4rec_kernels.ssd.ops import chunks
 
 SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
@@ -17,12 +18,28 @@ SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
 ones, and forward alone."""
 
 
+TILE = 32
+"""Places of a tile that holds several sequences. With 64 kernels need twice the registers: slower on an H100."""
+SEGMENT = 512
+"""Packed places whose tiles are planned together: the last tile of each such segment is on average half empty."""
+
+
+def planned_tiles(rows: int, longest: int) -> int:
+    """Tiles that suffice for packed sequences of `longest` places or fewer, whatever their lengths.
+
+    A tile ends where the next sequence does not fit. So it holds at least tile + 1 - longest places, and with the
+    first sequence of the tile behind it at least tile + 1, unless it is the last of its segment.
+    """
+    tiles = min((SEGMENT - 1) // (TILE + 1 - longest) + 1, (SEGMENT - 1) // (TILE + 1) * 2 + 2)
+    return -(-rows // SEGMENT) * tiles
+
+
 def several_in_a_tile(packed: bool, longest: int, gradients: bool) -> bool:
     """Whether the operator for short sequences takes a call; `gradients` if some are wanted."""
     return longest <= (SHORT_PACKED if packed else SHORT if gradients else SHORT_FORWARD)
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block", mutates_args=())
+@operator("mmm4rec_kernels::ssd_block")
 def ssd_block_forward(
     projected: torch.Tensor,
     z: torch.Tensor | None,
@@ -102,7 +119,7 @@ def _forward_shapes(
     )
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block_backward", mutates_args=())
+@operator("mmm4rec_kernels::ssd_block_backward")
 def ssd_block_backward(
     grad: torch.Tensor,
     scale: torch.Tensor,
@@ -221,7 +238,7 @@ def _gradients(
 ssd_block_forward.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block_short", mutates_args=())
+@operator("mmm4rec_kernels::ssd_block_short")
 def short_forward(
     projected: torch.Tensor,
     z: torch.Tensor | None,
@@ -240,7 +257,7 @@ def short_forward(
     eps: float,
     skip_dt: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised output [B, L, E], 1/rms [B, L], steps [3, H, T], each place's sequence [2, T], taps [K, C]."""
+    """Normalised output [B, L, E], 1/rms [B, L], steps [3, H, T], where packed sequences and tiles lie, taps [K, C]."""
     from mmm4rec_kernels.block import short
 
     return short.forward(
@@ -266,18 +283,18 @@ def short_forward(
 @short_forward.register_fake
 def _short_shapes(projected: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     batch, length = projected.shape[:2]
-    weight, A_log, norm, packed = (arguments[i] for i in (3, 5, 8, 10))
+    weight, A_log, norm, packed, longest = (arguments[i] for i in (3, 5, 8, 10, 11))
     rows = batch * length
     return (
         projected.new_empty(batch, length, norm.shape[0]),
         projected.new_empty(batch, length, dtype=torch.float32),
         projected.new_empty(3, A_log.shape[0], rows, dtype=torch.float32),
-        projected.new_empty((2, rows) if packed else (0,), dtype=torch.int32),
+        projected.new_empty(rows + 2 * planned_tiles(rows, longest) if packed else 0, dtype=torch.int32),
         weight.new_empty(weight.shape[1], weight.shape[0]),
     )
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block_short_backward", mutates_args=())
+@operator("mmm4rec_kernels::ssd_block_short_backward")
 def short_backward(
     grad: torch.Tensor,
     out: torch.Tensor,

@@ -1,6 +1,7 @@
 # Triton kernels carry no Python types, and their arguments are explained at the top of the file.
+# ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""The block for short sequences, several of them in one tile of 64 places.
+"""The block for short sequences, several of them in one tile of 32 places.
 
 Letters: T places of all sequences, E width, H heads, P head dim, G groups, N state, C = E + 2GN channels, K taps; BL,
 BP, BN are the places of a tile, and P, N rounded up, BH is H rounded up.
@@ -20,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mmm4rec_kernels.conv1d import fused as conv1d
-from mmm4rec_kernels.launch import kind, precision, tile
+from mmm4rec_kernels.block.ops import SEGMENT, TILE, planned_tiles
+from mmm4rec_kernels.launch import kind, precision, processors, tile
 from mmm4rec_kernels.sums import sum_rows
 from mmm4rec_kernels.tiles import (
     INTERPRETED,
@@ -29,19 +30,26 @@ from mmm4rec_kernels.tiles import (
     dot,
     exp2,
     softplus,
+    step_gradients,
     store_sum,
+    with_skip,
 )
 
 FORWARD_WARPS = 4
 BACKWARD_WARPS = 4
-"""Warps of a program. With 8 warps, with tiles of 32 places or with fewer registers it was slower on an H200."""
-TILE = 64
-"""Places of a tile."""
-STEP_ROWS = 64
+"""Warps of a program."""
+FORWARD_REGISTERS = 80
+BACKWARD_REGISTERS = 168
+"""At most so many for a thread, that more programs run side by side: the kernels wait for what they load and multiply,
+not for memory's width. Measured on an H100; with fewer they spill."""
+COLUMNS = 512
+COLUMN_WARPS = 4
+COLUMN_PROGRAMS = 4
+"""Of the convolution's backward: columns and warps of a program, and programs for each multiprocessor."""
 
 DENSE = tl.constexpr(0)
 LENGTHS = tl.constexpr(1)
-WINDOWS = tl.constexpr(2)
+PACKED = tl.constexpr(2)
 
 
 @triton.jit
@@ -75,30 +83,86 @@ def search(p_ends, o_row, sequences, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def tile_start(i_tile, length, per_tile, MODE: tl.constexpr):
-    """First row of a tile."""
-    if MODE == WINDOWS:
-        return i_tile * per_tile
-    else:
-        return i_tile * (per_tile * length)
+def plan_tiles(
+    p_ends,
+    p_plan,
+    p_arrived,
+    i_segment,
+    rows,
+    sequences,
+    tiles,
+    DEPTH: tl.constexpr,
+    BL: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILES: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """First and last-plus-one row of the tiles whose sequences start in one segment of rows; tiles left over are empty.
+
+    A tile takes whole sequences for as long as they fit.
+    """
+    o_at = tl.arange(0, SEGMENT)
+    o_tile = tl.arange(0, BT)
+    o_side = tl.arange(0, 2)
+    start = i_segment * SEGMENT
+    # A tile ends where the first sequence starts that reaches behind it.
+    b_end, _ = search(p_ends, tl.minimum(start + o_at + BL, rows), sequences, DEPTH)
+    o_before = tl.minimum(start + o_side * SEGMENT, rows) - 1
+    _, b_side = search(p_ends, o_before, sequences, DEPTH)
+    b_side = tl.where(o_before < 0, 0, tl.maximum(b_side, o_before + 1))
+    at = tl.min(b_side, 0)
+    stop = tl.max(b_side, 0)
+    b_from = tl.zeros([BT], tl.int32)
+    b_to = tl.zeros([BT], tl.int32)
+    i_tile = 0
+    while at < stop:
+        end = tl.minimum(tl.max(tl.where(start + o_at == at, b_end, 0), 0), stop)
+        b_from = tl.where(o_tile == i_tile, at, b_from)
+        b_to = tl.where(o_tile == i_tile, end, b_to)
+        # Where max_length says too little, no tile holds the sequence: leave it out rather than stay here for ever.
+        at = tl.where(end > at, end, stop)
+        i_tile += 1
+    o_tile += i_segment * TILES
+    m_tile = o_tile < (i_segment + 1) * TILES
+    tl.store(p_plan + o_tile, b_from, mask=m_tile)
+    tl.store(p_plan + tiles + o_tile, b_to, mask=m_tile)
+    tl.store(p_arrived + o_tile, tl.zeros([BT], tl.int32), mask=m_tile)
 
 
 @triton.jit
-def spans(i_tile, base, o_l, p_ends, p_places, rows, sequences, length, per_tile, magic, MODE: tl.constexpr):
-    """For each place of a tile: is it written here, is it in a sequence, the place in the tile where that starts."""
-    if MODE == WINDOWS:
-        m_row = o_l < rows - base
-        o_first = tl.load(p_places + base + o_l, mask=m_row, other=-1) - base
-        o_stop = tl.load(p_places + rows + base + o_l, mask=m_row, other=-1) - base
-        m_out = m_row & (o_first >= 0) & (o_first < per_tile)
+def is_empty(i_tile, p_places, rows, tiles):
+    """Whether a tile of the plan holds no sequence."""
+    return tl.load(p_places + rows + i_tile) >= tl.load(p_places + rows + tiles + i_tile)
+
+
+@triton.jit
+def places_of(i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE: tl.constexpr):
+    """First row of a tile, and for each place: is it written here, is it in a sequence, the place where that starts."""
+    if MODE == PACKED:
+        base = tl.load(p_places + rows + i_tile)
+        m_out = o_l < tl.load(p_places + rows + tiles + i_tile) - base
+        o_first = tl.load(p_places + base + o_l, mask=m_out, other=-1)
+        m_in = o_first >= 0
+        o_first = tl.where(m_in, o_first - base, o_l)
     else:
+        base = i_tile * (per_tile * length)
         o_seq = (o_l * magic) >> 16
+        m_out = (o_seq < per_tile) & (o_l < rows - base)
         o_first = o_seq * length
         o_stop = o_first + length
-        m_out = (o_seq < per_tile) & (o_l < rows - base)
         if MODE == LENGTHS:
             o_stop = o_first + tl.load(p_ends + i_tile * per_tile + o_seq, mask=m_out, other=0).to(tl.int32)
-    return m_out, m_out & (o_l < o_stop), o_first
+        m_in = m_out & (o_l < o_stop)
+    return base, m_out, m_in, o_first
+
+
+@triton.jit
+def factor_places(i_tile, base, o_l, o_first, per_tile, magic, factor_batch, factor_row, MODE: tl.constexpr):
+    """Where the time factor of each place lies."""
+    if MODE == PACKED:
+        return (tl.cast(base, tl.int64) + o_l) * factor_row
+    else:
+        return (i_tile * per_tile + ((o_l * magic) >> 16)).to(tl.int64) * factor_batch + (o_l - o_first) * factor_row
 
 
 @triton.jit
@@ -110,8 +174,10 @@ def block_steps(
     p_ends,
     p_places,
     p_steps,
+    p_arrived,
     rows,
     sequences,
+    tiles,
     length,
     per_tile,
     magic,
@@ -124,32 +190,42 @@ def block_steps(
     DEPTH: tl.constexpr,
     BL: tl.constexpr,
     BH: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILES: tl.constexpr,
+    BT: tl.constexpr,
 ):
-    """Step sizes, and running sums of base-2 logarithms of decays over the tile in two parts: [3, H, T]."""
+    """Step sizes, and running sums of base-2 logarithms of decays in two parts: [3, H, T].
+
+    The sums run over neighbouring places, at least from the start of each sequence on. Packed, a program takes the
+    sequences that start in a window of `per_tile` rows, and some programs more plan the tiles.
+    """
     i_tile = tl.program_id(0)
+    if MODE == PACKED:
+        i_segment = i_tile - tl.cdiv(rows, per_tile)
+        if i_segment >= 0:
+            p_plan = p_places + rows
+            plan_tiles(p_ends, p_plan, p_arrived, i_segment, rows, sequences, tiles, DEPTH, TILE, SEGMENT, TILES, BT)
+            return
     o_l = tl.arange(0, BL)
     o_h = tl.arange(0, BH)
     m_h = o_h < H
-    base = tile_start(i_tile, length, per_tile, MODE)
-    if MODE == WINDOWS:
+    if MODE == PACKED:
+        base = i_tile * per_tile
         o_first, o_stop = search(p_ends, base + o_l, sequences, DEPTH)
         m_out = (o_first >= base) & (o_first < base + per_tile) & (o_l < rows - base)
         m_in = m_out & (base + o_l < o_stop)
-        tl.store(p_places + base + o_l, o_first, mask=m_out)
-        tl.store(p_places + rows + base + o_l, o_stop, mask=m_out)
+        tl.store(p_places + base + o_l, tl.where(m_in, o_first, -1), mask=m_out)
     else:
-        m_out, m_in, o_first = spans(
-            i_tile, base, o_l, p_ends, p_places, rows, sequences, length, per_tile, magic, MODE
+        tl.store(p_arrived + i_tile, 0)
+        base, m_out, m_in, o_first = places_of(
+            i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE
         )
     m_tile = m_in[:, None] & m_h[None, :]
     first = tl.cast(base, tl.int64)
     b_dt = tl.load(p_dt + (first + o_l)[:, None] * ROW + o_h[None, :], mask=m_tile, other=0.0).to(tl.float32)
     if p_factor is not None:
-        if MODE <= LENGTHS:
-            o_seq = (o_l * magic) >> 16
-            o_factor = (i_tile * per_tile + o_seq).to(tl.int64) * factor_batch + (o_l - o_first) * factor_row
-        else:
-            o_factor = (first + o_l) * factor_row
+        o_factor = factor_places(i_tile, base, o_l, o_first, per_tile, magic, factor_batch, factor_row, MODE)
         p_at = p_factor + o_factor[:, None] + o_h[None, :] * factor_head
         b_dt *= tl.load(p_at, mask=m_tile, other=0.0).to(tl.float32)
     b_dt += tl.load(p_dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
@@ -221,7 +297,7 @@ def block_forward(
     p_squares,
     p_arrived,
     rows,
-    sequences,
+    tiles,
     length,
     per_tile,
     magic,
@@ -250,8 +326,10 @@ def block_forward(
     i_h = tl.program_id(0)
     i_tile = tl.program_id(1)
     o_l = tl.arange(0, BL)
-    base = tile_start(i_tile, length, per_tile, MODE)
-    m_out, m_in, o_first = spans(i_tile, base, o_l, p_ends, p_places, rows, sequences, length, per_tile, magic, MODE)
+    base, m_out, m_in, o_first = places_of(i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE)
+    if MODE == PACKED:
+        if is_empty(i_tile, p_places, rows, tiles):
+            return
     first = tl.cast(base, tl.int64)
     p_z += first * ROW_Z
     p_x += first * ROW_X
@@ -301,7 +379,7 @@ def block_forward(
         b_squares = tl.load(p_squares + o_l[:, None] * H + o_h[None, :], mask=m_squares, other=0.0)
         b_scale = tl.rsqrt(tl.sum(b_squares, 1) / E + eps)
         tl.store(p_scale + o_l, b_scale, mask=m_out)
-        for h in range(H):
+        for h in tl.range(0, H, loop_unroll_factor=4):
             b_norm = tl.load(p_norm + h * P + o_p, mask=m_p, other=0.0).to(tl.float32)
             b_g = tl.load(p_out + h * P + o_tile, mask=m_tile, other=0.0).to(tl.float32)
             b_g = tl.where(m_in[:, None], b_g * b_scale[:, None] * b_norm[None, :], 0.0)
@@ -342,7 +420,7 @@ def block_backward(
     p_dsteps,
     p_sums,
     rows,
-    sequences,
+    tiles,
     length,
     per_tile,
     magic,
@@ -385,8 +463,13 @@ def block_backward(
     at_x = i_h * P
     at_B = E + i_g * N
     at_C = at_B + G * N
-    base = tile_start(i_tile, length, per_tile, MODE)
-    m_out, m_in, o_first = spans(i_tile, base, o_l, p_ends, p_places, rows, sequences, length, per_tile, magic, MODE)
+    base, m_out, m_in, o_first = places_of(i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE)
+    p_sums += i_tile.to(tl.int64) * (E + 3 * H)
+    if MODE == PACKED:
+        if is_empty(i_tile, p_places, rows, tiles):
+            tl.store(p_sums + at_x + o_p, tl.zeros([BP], tl.float32), mask=m_p)
+            tl.store(p_sums + E + i_h, 0.0)
+            return
     first = tl.cast(base, tl.int64)
     p_x += first * ROW_X + X_AT
     p_c += first * ROW_C + C_AT + (at_B - E)
@@ -407,13 +490,12 @@ def block_backward(
     b_C *= sigmoid(b_C)
     b_decay = decays(p_steps + plane, plane, o_l, o_first, m_out, BL)
     b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * b_decay
+    b_step = tl.load(p_steps + o_l, mask=m_in, other=0.0)
+    D = tl.load(p_D + i_h).to(tl.float32)
     b_x = convolve(p_x + at_x, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS)
     b_x *= sigmoid(b_x)
-    b_step = tl.load(p_steps + o_l, mask=m_in, other=0.0)[:, None]
-    b_writes = b_x * b_step
-    b_skipped = b_writes if SKIP_DT else b_x
-    D = tl.load(p_D + i_h).to(tl.float32)
-    b_y = dot(b_M, b_writes, KIND, PRECISION) + D * b_skipped
+    b_through = with_skip(b_M, b_step, D, SKIP_DT, BL)
+    b_y = dot(b_through, b_x, KIND, PRECISION)
 
     b_z = tl.load(p_z + first * ROW_Z + at_x + o_l[:, None] * ROW_Z + o_p[None, :], mask=m_x, other=0.0)
     b_z = b_z.to(tl.float32)
@@ -424,31 +506,134 @@ def block_backward(
     b_mean = tl.load(p_products + first + o_l, mask=m_in, other=0.0)[:, None]
     b_norm = tl.load(p_norm + at_x + o_p, mask=m_p, other=0.0).to(tl.float32)
     b_normed = b_y * (b_z * b_gate) * b_scale
-    p_sums += i_tile.to(tl.int64) * (E + H)
     tl.store(p_sums + at_x + o_p, tl.sum(b_grad * b_normed, 0), mask=m_p)
     b_dy = b_scale * (b_grad * b_norm[None, :] - b_normed * b_mean)
     b_dz = b_dy * b_y * (b_gate * (1.0 + b_z * (1.0 - b_gate)))
     b_dy *= b_z * b_gate
     tl.store(p_dz + o_l[:, None] * ROW_DZ + o_p[None, :], b_dz.to(p_dz.dtype.element_ty), mask=m_x_out)
-    store_sum(p_sums + E + i_h, tl.sum(b_dy * b_skipped, 1))
 
-    b_W = dot(b_dy, tl.trans(b_writes), KIND, PRECISION)
-    b_between = (b_W * b_M).to(tl.float64)
-    b_ends = tl.sum(b_between, 1) - tl.sum(b_between, 0)
-    tl.store(p_dsteps + plane + o_l, tl.cumsum(b_ends, 0, reverse=True).to(tl.float32), mask=m_out)
-    b_dscores = b_W * b_decay
-    b_dC = dot(b_dscores, b_B, KIND, PRECISION)
-    tl.store(p_dC + o_l[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
-    b_dB = dot(tl.trans(b_dscores), b_C, KIND, PRECISION)
-    tl.store(p_dB + o_l[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
-    b_dwrites = dot(tl.trans(b_M), b_dy, KIND, PRECISION)
-    if SKIP_DT:
-        b_dwrites += D * b_dy
-        b_dx = b_dwrites * b_step
-    else:
-        b_dx = b_dwrites * b_step + D * b_dy
-    tl.store(p_dsteps + o_l, tl.sum(b_dwrites * b_x, 1), mask=m_out)
+    # All that is summed over the head dim is in this product: gradients of steps, decays and skip are sums of it.
+    b_W = dot(b_dy, tl.trans(b_x), KIND, PRECISION)
+    b_dx = dot(tl.trans(b_through), b_dy, KIND, PRECISION)
     tl.store(p_dx + o_l[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_x_out)
+    b_ends, b_dstep, b_dskip = step_gradients(b_W, b_M, b_step, D, SKIP_DT, BL, KIND, PRECISION)
+    store_sum(p_sums + E + i_h, b_dskip)
+    tl.store(p_dsteps + o_l, b_dstep, mask=m_out)
+    tl.store(p_dsteps + plane + o_l, tl.cumsum(b_ends, 0, reverse=True).to(tl.float32), mask=m_out)
+    b_W *= b_decay * b_step[None, :]
+    b_dC = dot(b_W, b_B, KIND, PRECISION)
+    tl.store(p_dC + o_l[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
+    b_dB = dot(tl.trans(b_W), b_C, KIND, PRECISION)
+    tl.store(p_dB + o_l[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
+
+
+@triton.jit
+def row_at(p, t, o_c, m_c, inside, ROW: tl.constexpr):
+    """Columns of one row, zero if that is not inside."""
+    return tl.load(p + t * ROW + o_c, mask=m_c & inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def columns_backward(
+    p_in,
+    p_weight,
+    p_bias,
+    p_ends,
+    p_places,
+    p_d,
+    p_sums,
+    rows,
+    tiles,
+    length,
+    per_tile,
+    magic,
+    at,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROW: tl.constexpr,
+    ROW_D: tl.constexpr,
+    MODE: tl.constexpr,
+    BL: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The convolution backward along the rows of every S-th tile: gradients of convolved columns become those of raw.
+
+    Shares of the gradients of taps [C, K] and bias [C] go to sums, one behind the other [S, CK + C].
+    """
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    p_weight += at + o_c
+    b_bias = tl.load(p_bias + at + o_c, mask=m_c, other=0.0).to(tl.float32)
+    w_0 = tl.load(p_weight + (TAPS - 1) * CHANNELS, mask=m_c, other=0.0).to(tl.float32)
+    w_1 = tl.load(p_weight + (TAPS - 2) * CHANNELS, mask=m_c, other=0.0).to(tl.float32)
+    w_2 = tl.load(p_weight + (TAPS - 3) * CHANNELS, mask=m_c & (TAPS > 2), other=0.0).to(tl.float32)
+    w_3 = tl.load(p_weight + (TAPS - 4) * CHANNELS, mask=m_c & (TAPS > 3), other=0.0).to(tl.float32)
+    sum_0 = tl.zeros([BC], tl.float32)
+    sum_1 = tl.zeros([BC], tl.float32)
+    sum_2 = tl.zeros([BC], tl.float32)
+    sum_3 = tl.zeros([BC], tl.float32)
+    sum_bias = tl.zeros([BC], tl.float32)
+    for i_tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        if MODE == PACKED:
+            base = tl.load(p_places + rows + i_tile)
+            count = tl.load(p_places + rows + tiles + i_tile) - base
+        else:
+            base = i_tile * (per_tile * length)
+            count = tl.minimum(per_tile * length, rows - base)
+        p_x = p_in + tl.cast(base, tl.int64) * ROW
+        p_g = p_d + tl.cast(base, tl.int64) * ROW_D
+        b_1 = tl.zeros([BC], tl.float32)
+        b_2 = tl.zeros([BC], tl.float32)
+        b_3 = tl.zeros([BC], tl.float32)
+        d_1 = tl.zeros([BC], tl.float32)
+        d_2 = tl.zeros([BC], tl.float32)
+        d_3 = tl.zeros([BC], tl.float32)
+        # Three rows more, so that the last gradients leave; they are whole when TAPS - 1 rows behind them were seen.
+        for t in tl.range(0, tl.where(count > 0, count + TAPS - 1, 0), loop_unroll_factor=4):
+            if MODE == PACKED:
+                first = tl.load(p_places + base + t, mask=t < count, other=-1)
+                inside = first >= 0
+                back = base + t - first
+            else:
+                back = t % length
+                inside = t < count
+                if MODE == LENGTHS:
+                    end = tl.load(p_ends + i_tile * per_tile + t // length, mask=inside, other=0).to(tl.int32)
+                    inside = back < end
+            b_0 = row_at(p_x, t, o_c, m_c, inside, ROW)
+            b_1 = tl.where(back >= 1, b_1, 0.0)
+            b_2 = tl.where(back >= 2, b_2, 0.0)
+            b_3 = tl.where(back >= 3, b_3, 0.0)
+            b_y = b_bias + w_0 * b_0 + w_1 * b_1 + w_2 * b_2 + w_3 * b_3
+            b_gate = sigmoid(b_y)
+            b_g = row_at(p_g, t, o_c, m_c, inside, ROW_D) * (b_gate * (1.0 + b_y * (1.0 - b_gate)))
+            sum_bias += b_g
+            sum_0 += b_g * b_0
+            sum_1 += b_g * b_1
+            sum_2 += b_g * b_2
+            sum_3 += b_g * b_3
+            d_1 += w_1 * tl.where(back >= 1, b_g, 0.0)
+            d_2 += w_2 * tl.where(back >= 2, b_g, 0.0)
+            d_3 += w_3 * tl.where(back >= 3, b_g, 0.0)
+            b_d = d_3 if TAPS == 4 else d_2 if TAPS == 3 else d_1
+            t_d = t - (TAPS - 1)
+            tl.store(p_g + t_d * ROW_D + o_c, b_d.to(p_d.dtype.element_ty), mask=m_c & (t_d >= 0))
+            d_3 = d_2
+            d_2 = d_1
+            d_1 = w_0 * b_g
+            b_3 = b_2
+            b_2 = b_1
+            b_1 = b_0
+    p_sums += tl.program_id(1).to(tl.int64) * (CHANNELS * (TAPS + 1))
+    p_taps = p_sums + (at + o_c) * TAPS + TAPS
+    tl.store(p_taps - 1, sum_0, mask=m_c)
+    tl.store(p_taps - 2, sum_1, mask=m_c)
+    if TAPS > 2:
+        tl.store(p_taps - 3, sum_2, mask=m_c)
+    if TAPS > 3:
+        tl.store(p_taps - 4, sum_3, mask=m_c)
+    tl.store(p_sums + CHANNELS * TAPS + at + o_c, sum_bias, mask=m_c)
 
 
 @triton.jit
@@ -457,35 +642,44 @@ def block_steps_backward(
     p_factor,
     p_A_log,
     p_dt_bias,
+    p_ends,
+    p_places,
     p_steps,
     p_dsteps,
     p_ddt,
     p_dfactor,
     p_sums,
     rows,
+    tiles,
     length,
+    per_tile,
+    magic,
     factor_batch,
     factor_row,
     factor_head,
     ROW: tl.constexpr,
     ROW_D: tl.constexpr,
+    ROW_SUMS: tl.constexpr,
     H: tl.constexpr,
-    BR: tl.constexpr,
+    MODE: tl.constexpr,
+    BL: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Gradients of dt and the factor, and the sums of those of A_log and dt_bias: [programs, 2, H]."""
-    o_row = tl.program_id(0) * BR + tl.arange(0, BR)
+    """Gradients of dt and the factor, and the sums over a tile of those of A_log [H] and dt_bias [H]."""
+    i_tile = tl.program_id(0)
+    o_l = tl.arange(0, BL)
     o_h = tl.arange(0, BH)
     m_h = o_h < H
-    mask = (o_row < rows)[:, None] & m_h[None, :]
+    base, m_out, m_in, o_first = places_of(i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE)
+    o_row = tl.cast(base, tl.int64) + o_l
+    mask = m_out[:, None] & m_h[None, :]
+    inside = m_in[:, None] & m_h[None, :]
     o_at = o_h.to(tl.int64)[None, :] * rows + o_row[:, None]
-    b_step = tl.load(p_steps + o_at, mask=mask, other=0.0)
-    inside = mask & (b_step > 0.0)
-    o_wide = o_row.to(tl.int64)[:, None]
-    b_raw = tl.load(p_dt + o_wide * ROW + o_h[None, :], mask=inside, other=0.0).to(tl.float32)
+    b_step = tl.load(p_steps + o_at, mask=inside, other=0.0)
+    b_raw = tl.load(p_dt + o_row[:, None] * ROW + o_h[None, :], mask=inside, other=0.0).to(tl.float32)
     b_dt = b_raw
     if p_factor is not None:
-        o_factor = (o_row // length).to(tl.int64) * factor_batch + (o_row % length) * factor_row
+        o_factor = factor_places(i_tile, base, o_l, o_first, per_tile, magic, factor_batch, factor_row, MODE)
         b_factor = tl.load(p_factor + o_factor[:, None] + o_h[None, :] * factor_head, mask=inside, other=0.0)
         b_factor = b_factor.to(tl.float32)
         b_dt *= b_factor
@@ -494,14 +688,14 @@ def block_steps_backward(
     b_da = tl.load(p_dsteps + tl.cast(rows, tl.int64) * H + o_at, mask=inside, other=0.0)
     b_ddt = tl.load(p_dsteps + o_at, mask=inside, other=0.0) + b_da * A
     b_ddt = tl.where(inside, b_ddt * sigmoid(b_dt), 0.0)
-    p_sums += tl.program_id(0) * (2 * H) + o_h
+    p_sums += i_tile.to(tl.int64) * ROW_SUMS + o_h
     tl.store(p_sums, tl.sum(b_da * b_step * A, 0), mask=m_h)
     tl.store(p_sums + H, tl.sum(b_ddt, 0), mask=m_h)
     if p_factor is not None:
-        p_to = p_dfactor + o_wide * H + o_h[None, :]
+        p_to = p_dfactor + o_row[:, None] * H + o_h[None, :]
         tl.store(p_to, (b_ddt * b_raw).to(p_dfactor.dtype.element_ty), mask=mask)
         b_ddt *= b_factor
-    tl.store(p_ddt + o_wide * ROW_D + o_h[None, :], b_ddt.to(p_ddt.dtype.element_ty), mask=mask)
+    tl.store(p_ddt + o_row[:, None] * ROW_D + o_h[None, :], b_ddt.to(p_ddt.dtype.element_ty), mask=mask)
 
 
 def _flat(t: torch.Tensor) -> torch.Tensor:
@@ -509,24 +703,15 @@ def _flat(t: torch.Tensor) -> torch.Tensor:
     return t if t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1) else t.contiguous()
 
 
-def _tiling(
-    projected: torch.Tensor, ends: torch.Tensor | None, packed: bool, longest: int
-) -> tuple[int, dict[str, int]]:
-    """Tiles, and the launch parameters that say where sequences lie."""
+def _tiling(projected: torch.Tensor, ends: torch.Tensor | None, packed: bool, longest: int) -> dict[str, int]:
+    """The launch parameters that say where sequences lie, and the places of a tile."""
     batch, length = projected.shape[:2]
-    rows = batch * length
-    if packed and ends is not None:
-        sequences = ends.numel() - 1
-        window = TILE - longest + 1
-        tiles = triton.cdiv(rows, window)
-        where = {"rows": rows, "sequences": sequences, "length": longest, "per_tile": window}
-        mode = 2
-    else:
-        per_tile = TILE // length
-        tiles = triton.cdiv(batch, per_tile)
-        where = {"rows": rows, "sequences": batch, "length": length, "per_tile": per_tile}
-        mode = 0 if ends is None else 1
-    return tiles, where | {"magic": 65536 // where["length"] + 1, "MODE": mode}
+    where = {"rows": batch * length, "length": longest, "magic": 65536 // longest + 1, "BL": TILE}
+    if packed:
+        tiles = planned_tiles(batch * length, longest)
+        return where | {"tiles": tiles, "per_tile": 0, "MODE": 2}
+    per_tile = TILE // longest
+    return where | {"tiles": triton.cdiv(batch, per_tile), "per_tile": per_tile, "MODE": 0 if ends is None else 1}
 
 
 def _layout(width: int, states: int, crossing: bool) -> tuple[int, int]:
@@ -537,6 +722,57 @@ def _layout(width: int, states: int, crossing: bool) -> tuple[int, int]:
 def _strides(factor: torch.Tensor | None) -> dict[str, int]:
     batch, row, head = (0, 0, 0) if factor is None else factor.stride()
     return {"factor_batch": batch, "factor_row": row, "factor_head": head}
+
+
+def prepare(
+    projected: torch.Tensor,
+    factor: torch.Tensor | None,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    ends: torch.Tensor | None,
+    packed: bool,
+    longest: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Steps [3, H, T], where packed sequences and tiles lie, and a zero for each tile.
+
+    Of packed sequences that is, one behind the other, for each place the first of its sequence, and the first and
+    last-plus-one place of each tile.
+    """
+    where = _tiling(projected, ends, packed, longest)
+    heads, batch, rows, tiles = A_log.shape[0], projected.shape[0], where["rows"], where["tiles"]
+    steps = torch.empty(3, heads, rows, dtype=torch.float32, device=projected.device)
+    places, arrived = (
+        torch.empty(count, dtype=torch.int32, device=projected.device)
+        for count in (rows + 2 * tiles if packed else 0, tiles)
+    )
+    programs, windows = tiles, where
+    plan = {"sequences": batch, "DEPTH": 0, "SEGMENT": 1, "TILES": 1}
+    if packed and ends is not None:
+        sequences, size = ends.numel() - 1, 2 * tile(longest)
+        segments = triton.cdiv(rows, SEGMENT)
+        programs = triton.cdiv(rows, size - longest + 1) + segments
+        windows = where | {"per_tile": size - longest + 1, "BL": size}
+        plan = {"sequences": sequences, "DEPTH": sequences.bit_length(), "SEGMENT": SEGMENT, "TILES": tiles // segments}
+    block_steps[(programs,)](
+        projected[..., -heads:],
+        factor,
+        A_log,
+        dt_bias,
+        ends,
+        places,
+        steps,
+        arrived,
+        **windows,
+        **plan,
+        **_strides(factor),
+        ROW=projected.stride(1),
+        H=heads,
+        TILE=TILE,
+        BT=triton.next_power_of_2(plan["TILES"]),
+        BH=triton.next_power_of_2(heads),
+        num_warps=2,
+    )
+    return steps, places, arrived
 
 
 def forward(
@@ -559,7 +795,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalised output [B, L, E] and what backward needs.
 
-    That is 1/rms [B, L], steps [3, H, T], where the packed sequence of each place lies [2, T], and taps [K, C].
+    That is 1/rms [B, L], steps [3, H, T], of packed sequences the first row for each place and the plan, taps [K, C].
 
     Places behind the last offset belong to no sequence: the result is 0 there, and so are their gradients.
     """
@@ -570,35 +806,17 @@ def forward(
     projected = _flat(projected)
     z = projected if z is None else _flat(z)
     C = projected if C is None else _flat(C)
-    tiles, where = _tiling(projected, ends, packed, longest)
-    rows = batch * length
+    where = _tiling(projected, ends, packed, longest)
+    rows, tiles = batch * length, where["tiles"]
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=projected.device)
 
     out, scale = new(batch, length, width, dtype=projected.dtype), new(batch, length)
     taps = weight.t().contiguous()
-    steps, squares = new(3, heads, rows), new(rows, heads)
-    places = new(*(2, rows) if where["MODE"] == 2 else (0,), dtype=torch.int32)
-    if tiles == 0:
-        return out, scale, steps, places, taps
-    block_steps[(tiles,)](
-        projected[..., -heads:],
-        factor,
-        A_log,
-        dt_bias,
-        ends,
-        places,
-        steps,
-        **where,
-        **_strides(factor),
-        ROW=projected.stride(1),
-        H=heads,
-        DEPTH=where["sequences"].bit_length() if packed else 0,
-        BL=TILE,
-        BH=triton.next_power_of_2(heads),
-        num_warps=2,
-    )
+    if rows == 0:
+        return out, scale, new(3, heads, 0), new(0, dtype=torch.int32), taps
+    steps, places, arrived = prepare(projected, factor, A_log, dt_bias, ends, packed, longest)
     block_forward[(heads, tiles)](
         z,
         projected,
@@ -612,8 +830,8 @@ def forward(
         steps,
         out,
         scale,
-        squares,
-        torch.zeros(tiles, dtype=torch.int32, device=projected.device),
+        new(rows, heads),
+        arrived,
         **where,
         eps=eps,
         H=heads,
@@ -627,13 +845,13 @@ def forward(
         X_AT=x_at,
         C_AT=C_at,
         SKIP_DT=skip_dt,
-        BL=TILE,
         BP=tile(width // heads),
         BN=tile(states // groups),
         BH=triton.next_power_of_2(heads),
         KIND=kind(projected.dtype),
         PRECISION=precision(),
         num_warps=FORWARD_WARPS,
+        maxnreg=FORWARD_REGISTERS,
         num_stages=1,
     )
     return out, scale, steps, places, taps
@@ -685,7 +903,8 @@ def backward(
     d_C = d_projected if C is None else torch.empty_like(C, memory_format=torch.contiguous_format)
     d_factor = new(0) if factor is None else new(batch, length, heads, dtype=factor.dtype)
     d_z_out, d_C_out = new(0) if z is None else d_z, new(0) if C is None else d_C
-    tiles, where = _tiling(projected, ends, packed, longest)
+    where = _tiling(projected, ends, packed, longest)
+    tiles = where["tiles"]
     if tiles == 0:
         nothing = torch.zeros(channels * (taps + 1) + width + 3 * heads, device=projected.device)
         return d_projected, d_z_out, d_C_out, d_factor, nothing
@@ -694,7 +913,7 @@ def backward(
     else:
         partial = new(2, shares, rows, states)
         B_target, C_target, where_B, where_C, share = partial[0], partial[1], 0, 0, rows * states
-    products, d_steps, sums = new(rows), new(2, heads, rows), new(tiles, width + heads)
+    products, d_steps, sums = new(rows), new(2, heads, rows), new(tiles, width + 3 * heads)
     columns = triton.next_power_of_2(width)
     block = max(1, 2048 // columns)
     row_products[(triton.cdiv(rows, block),)](grad, out, products, rows, E=width, BR=block, BE=columns, num_warps=4)
@@ -737,33 +956,32 @@ def backward(
         DB_AT=where_B,
         DC_AT=where_C,
         SKIP_DT=skip_dt,
-        BL=TILE,
         BP=tile(width // heads),
         BN=tile(states // groups),
         KIND=kind(projected.dtype),
         PRECISION=precision(),
         num_warps=BACKWARD_WARPS,
+        maxnreg=BACKWARD_REGISTERS,
         num_stages=1,
     )
-    blocks = triton.cdiv(rows, STEP_ROWS)
-    step_sums = new(blocks, 2 * heads)
-    block_steps_backward[(blocks,)](
+    block_steps_backward[(tiles,)](
         projected[..., -heads:],
         factor,
         A_log,
         dt_bias,
+        ends,
+        places,
         steps,
         d_steps,
         d_projected[..., -heads:],
         d_factor,
-        step_sums,
-        rows,
-        length,
+        sums[:, width + heads :],
+        **where,
         **_strides(factor),
         ROW=projected.stride(1),
         ROW_D=d_projected.shape[-1],
+        ROW_SUMS=sums.shape[1],
         H=heads,
-        BR=STEP_ROWS,
         BH=triton.next_power_of_2(heads),
         num_warps=2,
     )
@@ -771,19 +989,30 @@ def backward(
         d_projected[..., B_at : B_at + states] = partial[0].sum(0).view(batch, length, states)
         d_C[..., C_at : C_at + states] = partial[1].sum(0).view(batch, length, states)
     # The gradients of the convolved columns lie where those of the raw ones go; each is read before it is replaced.
-    flat = new(channels * (taps + 1) + width + 3 * heads)
     cuts = ((x_at, 0, channels),) if C is None else ((0, 0, width + states), (0, width + states, channels))
+    columns = min(COLUMNS, triton.next_power_of_2(channels))
+    splits = min(tiles, max(1, processors(projected) * COLUMN_PROGRAMS * columns // channels))
+    partial = new(splits, channels * (taps + 1))
     for (at, start, end), source, target in zip(cuts, (projected, C_in), (d_projected, d_C), strict=False):
-        raw, grads = (t[..., at : at + end - start] for t in (source, target))
-        partial = conv1d.backward_sums(
-            grads, raw, weight[start:end], bias[start:end], ends, packed, longest, True, grads
+        columns_backward[(triton.cdiv(end - start, columns), splits)](
+            source[..., at:],
+            turned,
+            bias,
+            ends,
+            places,
+            target[..., at:],
+            partial,
+            **where,
+            at=start,
+            C=end - start,
+            CHANNELS=channels,
+            TAPS=taps,
+            ROW=source.stride(1),
+            ROW_D=target.shape[-1],
+            BC=columns,
+            num_warps=COLUMN_WARPS,
         )
-        if C is None:
-            sum_rows(partial, flat)
-        else:
-            sum_rows(partial[:, : (end - start) * taps], flat[start * taps :])
-            sum_rows(partial[:, (end - start) * taps :], flat[channels * taps + start :])
-    rest = flat[channels * (taps + 1) :]
-    sum_rows(sums, rest)
-    sum_rows(step_sums, rest[width + heads :])
+    flat = new(channels * (taps + 1) + width + 3 * heads)
+    sum_rows(partial, flat)
+    sum_rows(sums, flat[channels * (taps + 1) :])
     return d_projected, d_z_out, d_C_out, d_factor, flat

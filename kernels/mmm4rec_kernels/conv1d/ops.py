@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import operator
 
-@torch.library.custom_op("mmm4rec_kernels::causal_conv1d", mutates_args=())
+
+@operator("mmm4rec_kernels::causal_conv1d")
 def conv_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -31,7 +33,7 @@ def _forward_shape(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mmm4rec_kernels::causal_conv1d_backward", mutates_args=())
+@operator("mmm4rec_kernels::causal_conv1d_backward")
 def conv_backward(
     grad: torch.Tensor,
     x: torch.Tensor,

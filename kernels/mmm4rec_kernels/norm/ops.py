@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import operator
+
 MAX_WIDTH = 8192
 """Largest row that the kernels take."""
 
 
-@torch.library.custom_op("mmm4rec_kernels::gated_rms_norm", mutates_args=())
+@operator("mmm4rec_kernels::gated_rms_norm")
 def norm_forward(
     y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, before: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,7 +30,7 @@ def _forward_shapes(y: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, tor
     return y.new_empty(y.shape), y.new_empty(y.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("mmm4rec_kernels::gated_rms_norm_backward", mutates_args=())
+@operator("mmm4rec_kernels::gated_rms_norm_backward")
 def norm_backward(
     grad: torch.Tensor, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, before: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -133,6 +133,100 @@ class _Short(torch.autograd.Function):
         return grad_x, grad_dt.permute(1, 2, 0), grad_A, grad_B, grad_C, grad_D, None
 
 
+class _Carried(torch.autograd.Function):
+    """What reaches each chunk from the ones before it and, behind the last, the state; for CPUs, as _Short is.
+
+    Chunks of a sequence lie one behind the other in the first dimension: Z = B times K.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ZQHP: torch.Tensor,
+        dt_ZQH: torch.Tensor,
+        A_H: torch.Tensor,
+        B_ZQGN: torch.Tensor,
+        C_ZQGN: torch.Tensor,
+        initial_BHPN: torch.Tensor | None,
+        count: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        chunks, places, heads, width = x_ZQHP.shape
+        groups, state = B_ZQGN.shape[2:]
+        dt_HZQ = dt_ZQH.permute(2, 0, 1).contiguous()
+        total = (dt_HZQ * A_H[:, None, None]).double().cumsum(-1)
+        since_HZQ = total.exp().to(x_ZQHP.dtype)
+        until_HZQ = (total[..., -1:] - total).exp_().to(x_ZQHP.dtype)
+        weight_HZQ = until_HZQ * dt_HZQ
+        states_HZPN = x_ZQHP.new_empty(heads, chunks, width, state)
+        y_HZQP = x_ZQHP.new_empty(heads, chunks, places, width)
+        final_BHPN = x_ZQHP.new_empty(chunks // count, heads, width, state)
+        for h in range(heads):
+            g = h * groups // heads
+            written = torch.bmm((x_ZQHP[:, :, h] * weight_HZQ[h, ..., None]).transpose(1, 2), B_ZQGN[:, :, g])
+            through = since_HZQ[h, :, -1, None, None].view(-1, count, 1, 1)
+            now = final_BHPN[:, h].zero_() if initial_BHPN is None else final_BHPN[:, h].copy_(initial_BHPN[:, h])
+            for k, (add, to) in enumerate(
+                zip(
+                    written.view(-1, count, width, state).unbind(1),
+                    states_HZPN[h].view(-1, count, width, state).unbind(1),
+                    strict=True,
+                )
+            ):
+                to.copy_(now)
+                now.mul_(through[:, k]).add_(add)
+            torch.bmm(C_ZQGN[:, :, g], states_HZPN[h].transpose(1, 2), out=y_HZQP[h]).mul_(since_HZQ[h, ..., None])
+        ctx.save_for_backward(x_ZQHP, dt_HZQ, A_H, B_ZQGN, C_ZQGN, since_HZQ, until_HZQ, states_HZPN)
+        ctx.count, ctx.first = count, initial_BHPN is not None
+        return y_HZQP.permute(1, 2, 0, 3), final_BHPN
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_ZQHP: torch.Tensor, grad_final: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, dt_HZQ, A_H, B, C, since_HZQ, until_HZQ, states_HZPN = ctx.saved_tensors
+        heads, chunks, width, state = states_HZPN.shape
+        groups, count = B.shape[2], ctx.count
+        weight_HZQ = until_HZQ * dt_HZQ
+        grad_x = x.new_empty(heads, chunks, x.shape[1], width)
+        grad_B, grad_C = (
+            torch.zeros_like(t.permute(2, 0, 1, 3), memory_format=torch.contiguous_format) for t in (B, C)
+        )
+        grad_first = grad_final.clone(memory_format=torch.contiguous_format)
+        by_weight_HZQ, ends = torch.empty_like(dt_HZQ), torch.empty_like(dt_HZQ, dtype=torch.float64)
+        for h in range(heads):
+            g = h * groups // heads
+            by_state = grad_ZQHP[:, :, h] * since_HZQ[h, ..., None]
+            read = torch.bmm(by_state, states_HZPN[h])
+            grad_C[g] += read
+            ends[h] = (read * C[:, :, g]).sum(-1)
+            arriving = torch.bmm(by_state.transpose(1, 2), C[:, :, g]).view(-1, count, width, state)
+            through = since_HZQ[h, :, -1].view(-1, count)
+            later, now = torch.empty_like(arriving), grad_first[:, h]
+            for k in reversed(range(count)):
+                later[:, k] = now
+                now.mul_(through[:, k, None, None]).add_(arriving[:, k])
+            kept = (later * states_HZPN[h].view_as(later)).sum((-1, -2)) * through
+            ends[h, :, -1] += kept.view(-1)
+            later = later.view(chunks, width, state)
+            torch.bmm(B[:, :, g], later.transpose(1, 2), out=grad_x[h])
+            by_weight_HZQ[h] = (grad_x[h] * x[:, :, h]).sum(-1)
+            grad_x[h] *= weight_HZQ[h, ..., None]
+            grad_B[g] += torch.bmm(x[:, :, h], later).mul_(weight_HZQ[h, ..., None])
+        written = by_weight_HZQ.double() * weight_HZQ
+        ends -= written
+        ends[..., -1] += written.sum(-1)
+        grad_a = ends.flip(-1).cumsum(-1).flip(-1).to(x.dtype)
+        grad_dt = by_weight_HZQ * until_HZQ + grad_a * A_H[:, None, None]
+        return (
+            grad_x.permute(1, 2, 0, 3),
+            grad_dt.permute(1, 2, 0),
+            (grad_a * dt_HZQ).sum((1, 2)),
+            grad_B.permute(1, 2, 0, 3),
+            grad_C.permute(1, 2, 0, 3),
+            grad_first if ctx.first else None,
+            None,
+        )
+
+
 def _times(t_HBLL: torch.Tensor, by_GBLL: torch.Tensor) -> torch.Tensor:
     """Each head's matrices by those of its group."""
     grouped = t_HBLL.view(by_GBLL.shape[0], -1, *by_GBLL.shape[1:])
@@ -152,13 +246,14 @@ def scan(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `reference.scan`; the last state is left out unless it is asked for."""
     length, heads = x_BLHP.shape[1:3]
-    if _in_one_piece(x_BLHP, B_BLGN, C_BLGN) and initial_BHPN is None and not want_final:
+    if _by_heads(x_BLHP, B_BLGN, C_BLGN):
         folded = D_HP is not None and D_HP.shape[1] == 1
         D_H = D_HP[:, 0] if D_HP is not None and folded else None
-        y = _Short.apply(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, skip == "dt_x")  # type: ignore[no-untyped-call]
+        stateful = initial_BHPN is not None or want_final
+        y, last = _scan_by_heads(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, skip == "dt_x", initial_BHPN, stateful)
         if D_HP is not None and not folded:
             y = y + D_HP * (dt_BLH[..., None] * x_BLHP if skip == "dt_x" else x_BLHP)
-        return y, None
+        return y, last
     B_BLHN, C_BLHN = spread_groups(B_BLGN, heads), spread_groups(C_BLGN, heads)
     step_BLHP = dt_BLH[..., None] * x_BLHP
     a_BLH = dt_BLH * A_H
@@ -171,13 +266,40 @@ def scan(
     return y, final
 
 
-def _in_one_piece(*tensors: torch.Tensor) -> bool:
-    """Whether _Short takes it: short, on a CPU, rows contiguous; torch.compile fuses the other form itself."""
-    return (
-        all(t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
-        and tensors[0].shape[1] <= CHUNK
-        and not torch.compiler.is_compiling()
-    )
+def _by_heads(*tensors: torch.Tensor) -> bool:
+    """Whether products are taken head by head: on a CPU, rows contiguous; torch.compile fuses the other form itself."""
+    return all(t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors) and not torch.compiler.is_compiling()
+
+
+def _scan_by_heads(
+    x_BLHP: torch.Tensor,
+    dt_BLH: torch.Tensor,
+    A_H: torch.Tensor,
+    B_BLGN: torch.Tensor,
+    C_BLGN: torch.Tensor,
+    D_H: torch.Tensor | None,
+    scaled_skip: bool,
+    initial_BHPN: torch.Tensor | None,
+    stateful: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """In as few and equal chunks as CHUNK allows."""
+    length = x_BLHP.shape[1]
+    count = -(-length // CHUNK)
+    places = -(-length // count)
+    missing = count * places - length
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        """[B, L, ...] to [B K, Q, ...]."""
+        padded = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing)) if missing else t
+        return padded.reshape(-1, places, *t.shape[2:])
+
+    x, dt, B, C = (cut(t) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
+    y = _Short.apply(x, dt, A_H, B, C, D_H, scaled_skip)  # type: ignore[no-untyped-call]
+    last = None
+    if count > 1 or stateful:
+        carried, last = _Carried.apply(x, dt, A_H, B, C, initial_BHPN, count)  # type: ignore[no-untyped-call]
+        y = y + carried
+    return y.reshape(-1, count * places, *y.shape[2:])[:, :length], last
 
 
 def _quadratic(

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import operator
+
 ONE_TILE = 64
 """Most places of a chunk. Where head dim times state is more than 64 times 64 it is half as much, and a quarter where
 it is twice as much again: the states of a chunk then fill the shared memory of small GPUs, 99 KB."""
@@ -49,7 +51,7 @@ def chunks(longest: int, width: int, state: int) -> int:
     return -(-longest // chunk_places(longest, width, state))
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd", mutates_args=())
+@operator("mmm4rec_kernels::ssd")
 def scan_forward(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -105,7 +107,7 @@ def _forward_shapes(
     )
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_backward", mutates_args=())
+@operator("mmm4rec_kernels::ssd_backward")
 def scan_backward(
     grad: torch.Tensor,
     grad_final: torch.Tensor | None,
