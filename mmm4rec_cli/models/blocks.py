@@ -20,7 +20,6 @@ from mmm4rec_kernels import (
     hardswish_dropout,
     linear,
     linear_and_rows,
-    on_second_stream,
     residual_norm,
     ssd_block,
     ssd_block_tail,
@@ -244,10 +243,9 @@ class SSD(StateSpace):
         inner, heads = self.norm.weight.shape[0], self.D.shape[0]
         states = (self.conv.weight.shape[0] - inner) // 2
         columns = [inner, inner + states, states, heads]
-        with on_second_stream(u_SD):  # where the gradients of their parts are found
-            (w_z, w_xB, w_C, w_dt), (b_z, b_xB, b_C, b_dt) = (
-                torch.split(parameter, columns) for parameter in (self.in_proj.weight, self.in_proj.bias)
-            )
+        (w_z, w_xB, w_C, w_dt), (b_z, b_xB, b_C, b_dt) = (
+            torch.split(parameter, columns) for parameter in (self.in_proj.weight, self.in_proj.bias)
+        )
         reach = count + self.conv.weight.shape[1] - 1
         bias, apart = torch.cat([b_xB, b_dt]), _apart(u_SD)
         weight = torch.cat([w_xB, w_dt])

@@ -6,9 +6,9 @@ import torch
 
 from mmm4rec_cli.data.dataset import ModelFeatures
 from mmm4rec_cli.data.sequences import Sequences
+from mmm4rec_cli.models import aside
 from mmm4rec_cli.models.registry import build_model
 from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
-from mmm4rec_kernels import second
 
 pytestmark = pytest.mark.gpu
 
@@ -67,7 +67,7 @@ def test_work_beside_the_main_line_changes_no_bit(small_settings, monkeypatch, g
     seen = []
     for alone in (False, True):
         if alone:
-            monkeypatch.setattr(second, "second_stream", torch.cuda.current_stream)
+            monkeypatch.setattr(aside, "_second_stream", lambda device: torch.cuda.current_stream())
         made, order, failed = trainer(settings, graphs=graphs)
         torch.manual_seed(7)
         for group in made.groups(order):
