@@ -10,37 +10,29 @@ from torch import Tensor
 
 from mmm4rec_kernels import second
 
-Tensors = tuple[Tensor | None, ...]
-
 
 class Aside:
     """Tensors that are computed beside the main line.
 
     Args:
-        device: where. On a GPU the work begins now, with what the main line has up to now; on a CPU when it is asked
-            for, so that random numbers are drawn in the order of the main line.
-        work: computes the tensors, also from those `given` by other work aside.
+        device: where; on a CPU they are computed at once.
+        work: computes them from what the main line has up to now, or from `given` of earlier work.
     """
 
-    def __init__(self, device: torch.device, work: Callable[[], Tensors]) -> None:
-        self._work = work
-        self._given: Tensors | None = None
-        self._done: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            stream = second.second_stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._given = work()
-                self._done = stream.record_event()
-
-    @property
-    def given(self) -> Tensors:
+    def __init__(self, device: torch.device, work: Callable[[], tuple[Tensor | None, ...]]) -> None:
+        self.given: tuple[Tensor | None, ...]
         """The tensors, for other work aside."""
-        if self._given is None:
-            self._given = self._work()
-        return self._given
+        self._done: torch.cuda.Event | None = None
+        if device.type != "cuda":
+            self.given = work()
+            return
+        stream = second.second_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.given = work()
+            self._done = stream.record_event()
 
-    def awaited(self) -> Tensors:
+    def awaited(self) -> tuple[Tensor | None, ...]:
         """The tensors, for the main line."""
         if self._done is not None:
             main = torch.cuda.current_stream()

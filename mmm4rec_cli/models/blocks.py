@@ -382,10 +382,11 @@ class CrossModalLayer(nn.Module):
         self.filter = FourierFilter(config.max_len) if config.has_time_streams else None
         self.dropout = config.dropout
 
-    def times(self, streams: Aside, device: torch.device) -> LayerTimes:
-        """What the time streams [M, B, H, T], or None, give this layer and the next, beside the main line."""
-        staged = Aside(device, lambda: self.ssd.stage(streams.given[0]))
-        factor = Aside(device, lambda: (self.cross_ssd.factor(self._joint(staged.given[1])),))
+    def times(self, streams_MBHT: Tensor | None, device: torch.device) -> LayerTimes:
+        """What the time streams give this layer and the next, beside the main line."""
+        staged = Aside(device, lambda: self.ssd.stage(streams_MBHT))
+        following_MBHT = staged.given[1]
+        factor = Aside(device, lambda: (self.cross_ssd.factor(self._joint(following_MBHT)),))
         return LayerTimes(staged, factor)
 
     def forward(

@@ -272,14 +272,13 @@ class MMM4Rec(SequenceModel):
 
     def _times(self, timestamps_BL: Tensor, lengths_B: Tensor) -> list[LayerTimes]:
         """What the time streams give each layer: they depend on no item, and are computed beside the main line."""
-        device, times = lengths_B.device, list[LayerTimes]()
+        device = lengths_B.device
+        (streams_MBHT,) = Aside(device, lambda: (self._streams(timestamps_BL, lengths_B),)).given
+        times: list[LayerTimes] = []
         for layer in self.layers:
             assert isinstance(layer, CrossModalLayer)
-            if times:
-                streams = Aside(device, partial(_second, times[-1].staged))
-            else:
-                streams = Aside(device, lambda: (self._streams(timestamps_BL, lengths_B),))
-            times.append(layer.times(streams, device))
+            times.append(layer.times(streams_MBHT, device))
+            streams_MBHT = times[-1].staged.given[1]
         return times
 
     def _streams(self, timestamps_BL: Tensor, lengths_B: Tensor) -> Tensor | None:
@@ -339,10 +338,6 @@ class MMM4Rec(SequenceModel):
     def published_state(self) -> dict[str, Tensor]:
         """The weights under their published names and in their published shapes."""
         return published.export(self)
-
-
-def _second(pair: Aside) -> tuple[Tensor | None]:
-    return (pair.given[1],)
 
 
 def _normalised(vectors_VD: Tensor) -> Tensor:
