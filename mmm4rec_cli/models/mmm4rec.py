@@ -26,9 +26,6 @@ ROWS_A_PART = 1280
 PADDING_A_PART = 192
 """On the CPU: places of padding in a part, from which on one more part costs less."""
 
-ROWS_ASIDE = 1 << 16
-"""Items up to which the product of one modality leaves a GPU room for the other's."""
-
 _Vectors = tuple[Tensor, Tensor] | tuple[None, None]
 """The catalogue's image and text vectors [V, D], where they are at hand."""
 
@@ -186,21 +183,15 @@ class MMM4Rec(SequenceModel):
         """As `SequenceModel.training_loss`; with the full loss the catalogue's vectors are made once for both ends."""
         if in_batch:
             return super().training_loss(windows, in_batch)
-        vectors = self._catalogue(windows.lengths_B.device)
+        image = Aside(windows.lengths_B.device, lambda: (self.image.vectors(),))
+        text_VD, (image_VD,) = self.text.vectors(), image.awaited()
+        assert image_VD is not None
+        vectors = image_VD, text_VD
         user_BD = self._users(windows, vectors)
         table_VD = self._fused(*vectors)
         if windows.negative_N is not None:
             return self.sampled_loss(user_BD, table_VD, windows)
         return self.catalogue_loss(user_BD, table_VD, windows.target_B)
-
-    def _catalogue(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Image and text vectors [V, D] of all items."""
-        if len(self.text.features) > ROWS_ASIDE:
-            return self.image.vectors(), self.text.vectors()
-        image = Aside(device, lambda: (self.image.vectors(),))
-        text_VD, (image_VD,) = self.text.vectors(), image.awaited()
-        assert image_VD is not None
-        return image_VD, text_VD
 
     def _users(self, windows: Windows, vectors: _Vectors = (None, None)) -> Tensor:
         if windows.items_BT.is_cuda or windows.rows is None:
