@@ -45,12 +45,7 @@ def seed(x: torch.Tensor, p: float, training: bool) -> torch.Tensor | None:
     """A draw from torch's own generator, on the device, so that dropout follows `torch.manual_seed`; None for none."""
     if not training or p == 0:
         return None
-    if not _drawn:
-        return torch.randint(1 << 62, (1,), device=x.device)
-    drawn = _drawn.pop()
-    if drawn.is_cuda:
-        drawn.record_stream(torch.cuda.current_stream())  # that of the draw may be another
-    return drawn
+    return _drawn.pop() if _drawn else torch.randint(1 << 62, (1,), device=x.device)
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
