@@ -50,9 +50,10 @@ def compiled_side_by_side(device: torch.device) -> Iterator[None]:
             compiling[key] = pool.submit(_compiled, kernel, given, grid, options)
         return None
 
+    index = torch.cuda.current_device() if device.index is None else device.index
     threads = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     with (
-        ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool,
+        ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(index,)) as pool,
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         yield

@@ -17,6 +17,9 @@ from mmm4rec_cli.models.places import rounded_rows
 from mmm4rec_cli.world import World
 from mmm4rec_kernels import compiled_side_by_side, seeds_at_once
 
+_compiled: set[tuple[type, str, bool, tuple[bool, ...]]] = set()
+"""Kinds of micro-batches whose kernels this process has compiled side by side."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -101,7 +104,6 @@ class Gradients:
         self.say = say
         self._recorded: dict[tuple[int, int, int], _Recorded] = {}
         self._pool: Any = None
-        self._compiled: set[tuple[bool, ...]] = set()
         self._dry = False
         """Numbers are arbitrary and are not kept."""
 
@@ -162,10 +164,11 @@ class Gradients:
         random = torch.cuda.get_rng_state(self.device)
         try:
             # Kernels are compiled anew for sizes that 16 does not divide.
-            kind = tuple(size % 16 == 0 for size in self.shape_of(batch))
-            if kind not in self._compiled:
+            sizes = tuple(size % 16 == 0 for size in self.shape_of(batch))
+            kind = (type(self.model), self.number_format, self.in_batch, sizes)
+            if kind not in _compiled:
                 self._compile(held, weight)
-                self._compiled.add(kind)
+                _compiled.add(kind)
             if self._pool is None:
                 # Once as it is, so that nothing is set up while recording; with weight 0 it adds 0 to the gradients.
                 side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

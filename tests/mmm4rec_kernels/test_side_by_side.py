@@ -17,7 +17,8 @@ def compiled(monkeypatch):
         pytest.skip("kernels are compiled where they are not interpreted")
     found = []
     monkeypatch.setattr(side_by_side, "runs", lambda backend: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: index + 0)  # takes a number alone
     warmup = lambda kernel, *arguments, grid, **options: found.append((kernel.__name__, arguments[0]))  # noqa: E731
     monkeypatch.setattr(jit.JITFunction, "warmup", warmup)
     return found
