@@ -5,12 +5,11 @@ E = expand * D, H heads. Two streams are image (first) and text (last).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmm4rec_cli.models.aside import Aside
 from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import CausalConv, FourierFilter, TimeFactor
 from mmm4rec_cli.settings.schema import ModelSettings
@@ -20,7 +19,6 @@ from mmm4rec_kernels import (
     hardswish_dropout,
     linear,
     linear_and_rows,
-    on_second_stream,
     residual_norm,
     ssd_block,
     ssd_block_tail,
@@ -212,15 +210,11 @@ class SSD(StateSpace):
         places: Places,
         gap_S: Tensor | None = None,
         *,
-        staged: Aside | None = None,
         bare: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The block's output [n, S, D], with `bare` less `out_proj.shift`, and the next time streams.
-
-        `staged` is what `stage` gives, if that is under way already.
-        """
+        """The block's output [n, S, D], with `bare` less `out_proj.shift`, and the next time streams."""
+        w_MBHT, following_MBHT = self.stage(streams_MBHT)
         projected = self.paced(self.in_proj(u_nSD), gap_S)
-        w_MBHT, following_MBHT = self.stage(streams_MBHT) if staged is None else staged.awaited()
         out_nSD = self.scan(projected, self.conv.weight, self.conv.bias, w_MBHT, places)
         shift = None if bare else self.out_proj.shift(out_nSD)
         return out_nSD if shift is None else out_nSD + shift, following_MBHT
@@ -244,10 +238,9 @@ class SSD(StateSpace):
         inner, heads = self.norm.weight.shape[0], self.D.shape[0]
         states = (self.conv.weight.shape[0] - inner) // 2
         columns = [inner, inner + states, states, heads]
-        with on_second_stream(u_SD):  # where the gradients of their parts are found
-            (w_z, w_xB, w_C, w_dt), (b_z, b_xB, b_C, b_dt) = (
-                torch.split(parameter, columns) for parameter in (self.in_proj.weight, self.in_proj.bias)
-            )
+        (w_z, w_xB, w_C, w_dt), (b_z, b_xB, b_C, b_dt) = (
+            torch.split(parameter, columns) for parameter in (self.in_proj.weight, self.in_proj.bias)
+        )
         reach = count + self.conv.weight.shape[1] - 1
         bias, apart = torch.cat([b_xB, b_dt]), _apart(u_SD)
         weight = torch.cat([w_xB, w_dt])
@@ -279,12 +272,12 @@ class CrossSSD(StateSpace):
         self,
         q_SD: Tensor,
         u_SD: Tensor,
-        factor: Aside,
+        stream_BHT: Tensor | None,
         places: Places,
         gap_S: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """The block's output [S, D] less `out_proj.shift`, or at some rows alone; `factor` is what `factor` gives."""
+        """The block's output [S, D] less `out_proj.shift`, or at some rows alone; its time stream ends here."""
         if rows is None:
             z_SE = self.z_in_proj(q_SD + u_SD)
         else:
@@ -293,10 +286,10 @@ class CrossSSD(StateSpace):
             z_SE = z_BE.new_zeros(q_SD.shape[0], z_BE.shape[1]).index_copy(0, rows, z_BE)
         xBdt_SC = self.paced(self.u_in_proj(u_SD), gap_S)
         projected = CrossProjections(xBdt=xBdt_SC[None], z=z_SE[None], C=self.q_in_proj(q_SD)[None])
-        return self.scan(projected, *self._convolution(), factor.awaited()[0], places, rows).squeeze(0)
+        return self.scan(projected, *self._convolution(), self._factor(stream_BHT), places, rows).squeeze(0)
 
     def tail(
-        self, q_BJD: Tensor, u_SD: Tensor, factor: Aside, places: Places, gap_S: Tensor | None = None
+        self, q_BJD: Tensor, u_SD: Tensor, stream_BHT: Tensor | None, places: Places, gap_S: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The block's output at each user's last place, less `out_proj.shift`, and both streams there, q first.
 
@@ -305,7 +298,7 @@ class CrossSSD(StateSpace):
         Args:
             q_BJD: the reading stream at as many last places as its convolution has taps.
             u_SD: the writing stream.
-            factor: what `factor` gives.
+            stream_BHT: the joint time stream.
             places: where the rows lie.
             gap_S: what paces the scan, if anything does.
         """
@@ -321,14 +314,13 @@ class CrossSSD(StateSpace):
             C=C_NQ.view(users, count, -1),
         )
         added = bias if apart else None
-        out_BD = self.scan_tail(projected, *self._convolution(), factor.awaited()[0], places, added).squeeze(1)
+        out_BD = self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places, added).squeeze(1)
         return out_BD, q_BD, u_BD
 
     def _convolution(self) -> tuple[Tensor, Tensor]:
         return torch.cat([self.u_conv.weight, self.q_conv.weight]), torch.cat([self.u_conv.bias, self.q_conv.bias])
 
-    def factor(self, stream_BHT: Tensor | None) -> Tensor | None:
-        """The factor [1, B, H, T] that the joint time stream puts on the step sizes; the stream ends here."""
+    def _factor(self, stream_BHT: Tensor | None) -> Tensor | None:
         if self.time is None or stream_BHT is None:
             return None
         factor: Tensor = self.time(stream_BHT[None])[0]
@@ -355,15 +347,6 @@ class FeedForward(nn.Module):
         return normed
 
 
-class LayerTimes(NamedTuple):
-    """What the time streams give a layer."""
-
-    staged: Aside
-    """Factor on the self block's step sizes [M, B, H, T] and the next layer's time streams (unfiltered), or None."""
-    factor: Aside
-    """Factor [1, B, H, T] on the cross block's, or None."""
-
-
 class CrossModalLayer(nn.Module):
     """One encoder layer (text) and one decoder layer (image, then image reading text) with a shared SSD block."""
 
@@ -384,22 +367,26 @@ class CrossModalLayer(nn.Module):
         self.filter = FourierFilter(config.max_len) if config.has_time_streams else None
         self.dropout = config.dropout
 
-    def times(self, streams: Aside, device: torch.device) -> LayerTimes:
-        """What the time streams [M, B, H, T], or None, give this layer and the next, beside the main line."""
-        staged = Aside(device, lambda: self.ssd.stage(streams.given[0]))
-        factor = Aside(device, lambda: (self.cross_ssd.factor(self._joint(staged.given[1])),))
-        return LayerTimes(staged, factor)
-
     def forward(
-        self, image_SD: Tensor, text_SD: Tensor, times: LayerTimes, places: Places, gap_S: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """New image [S, D] and new text [S, D]; `times` are this layer's, `gap_S` paces the scans."""
-        query_SD, text_SD = self._selves(image_SD, text_SD, times, places, gap_S)
-        out_SD = self.cross_ssd(query_SD, text_SD, times.factor, places, gap_S)
-        return self._joined(out_SD, query_SD, text_SD), text_SD
+        self,
+        image_SD: Tensor,
+        text_SD: Tensor,
+        streams_MBHT: Tensor | None,
+        places: Places,
+        gap_S: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """New image [S, D], new text [S, D], new time streams (unfiltered); `gap_S` paces the scans."""
+        query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
+        out_SD = self.cross_ssd(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S)
+        return self._joined(out_SD, query_SD, text_SD), text_SD, streams_MBHT
 
     def last(
-        self, image_SD: Tensor, text_SD: Tensor, times: LayerTimes, places: Places, gap_S: Tensor | None = None
+        self,
+        image_SD: Tensor,
+        text_SD: Tensor,
+        streams_MBHT: Tensor | None,
+        places: Places,
+        gap_S: Tensor | None = None,
     ) -> Tensor:
         """New image [B, D] at each user's last place, all that a model reads of its last layer.
 
@@ -412,35 +399,35 @@ class CrossModalLayer(nn.Module):
         always = image_SD.device.type in TAILS_ON
         unfit = not always and tail_unfit(image_SD, places.length, count, len(cross.D), cross.n_groups)
         if unfit or (not always and len(image_SD) < TAILS_FROM * places.users):
-            query_SD, text_SD = self._selves(image_SD, text_SD, times, places, gap_S)
+            query_SD, text_SD, streams_MBHT = self._selves(image_SD, text_SD, streams_MBHT, places, gap_S)
             if unfit:
-                out_BD = cross(query_SD, text_SD, times.factor, places, gap_S, rows=last_B)
+                out_BD = cross(query_SD, text_SD, self._joint(streams_MBHT), places, gap_S, rows=last_B)
                 return self._joined(out_BD, query_SD.index_select(0, last_B), text_SD.index_select(0, last_B))
             query_BJD = places.tails(query_SD, count)
-            return self._joined(*cross.tail(query_BJD, text_SD, times.factor, places, gap_S))
+            return self._joined(*cross.tail(query_BJD, text_SD, self._joint(streams_MBHT), places, gap_S))
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training}
-        projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
-        w_MBHT, _ = times.staged.awaited()
+        w_MBHT, streams_MBHT = self.ssd.stage(streams_MBHT)
         w_image, w_text = (None, None) if w_MBHT is None else (w_MBHT[:1], w_MBHT[-1:])
+        projected = self.ssd.paced(self.ssd.in_proj(text_SD), gap_S)[None]
         out_SD = self.ssd.scan(projected, self.ssd.conv.weight, self.ssd.conv.bias, w_text, places).squeeze(0)
         drop["shift"] = self.ssd.out_proj.shift(out_SD)
         text_SD = self.text_ffn(self.text_norm(out_SD, residual=text_SD, **drop))
         out_BJD, image_BJD = self.ssd.tail(image_SD, w_image, places, count, gap_S)
         query_BJD = self.image_norm(out_BJD, residual=image_BJD, **drop)
-        return self._joined(*cross.tail(query_BJD, text_SD, times.factor, places, gap_S))
+        return self._joined(*cross.tail(query_BJD, text_SD, self._joint(streams_MBHT), places, gap_S))
 
     def _selves(
-        self, image_SD: Tensor, text_SD: Tensor, times: LayerTimes, places: Places, gap_S: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, image_SD: Tensor, text_SD: Tensor, streams_MBHT: Tensor | None, places: Places, gap_S: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Each stream through the self block and its norm, the text also through its feed-forward."""
         items_nSD = torch.stack([image_SD, text_SD])
-        out_nSD, _ = self.ssd(items_nSD, None, places, gap_S, staged=times.staged, bare=True)
+        out_nSD, streams_MBHT = self.ssd(items_nSD, streams_MBHT, places, gap_S, bare=True)
         # Both modalities' residual and norm at once, each with its own weights.
         weight, bias = (torch.stack([getattr(m, k) for m in (self.image_norm, self.text_norm)]) for k in PARTS)
         drop: dict[str, Any] = {"p": self.dropout, "training": self.training, "shift": self.ssd.out_proj.shift(out_nSD)}
         eps = self.image_norm.eps
         query_SD, text_SD = residual_norm(out_nSD, weight, bias, residual=items_nSD, eps=eps, **drop)
-        return query_SD, self.text_ffn(text_SD)
+        return query_SD, self.text_ffn(text_SD), streams_MBHT
 
     def _joint(self, streams_MBHT: Tensor | None) -> Tensor | None:
         if self.filter is None or streams_MBHT is None:

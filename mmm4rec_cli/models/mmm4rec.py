@@ -5,7 +5,6 @@ padding row 0, F feature width, H heads.
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 from mmm4rec_cli.data.sequences import Windows
 from mmm4rec_cli.models import published
-from mmm4rec_cli.models.aside import Aside
-from mmm4rec_cli.models.blocks import CrossModalLayer, LayerTimes, Linear, Norm
+from mmm4rec_cli.models.blocks import CrossModalLayer, Linear, Norm
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.places import Places
 from mmm4rec_cli.models.time_stream import GapBuckets, ObservedGaps, PublishedGaps, log_gaps
@@ -25,9 +23,6 @@ ROWS_A_PART = 1280
 """On the CPU: places computed at a time."""
 PADDING_A_PART = 192
 """On the CPU: places of padding in a part, from which on one more part costs less."""
-
-ROWS_ASIDE = 1 << 16
-"""Items up to which the product of one modality leaves a GPU room for the other's."""
 
 _Vectors = tuple[Tensor, Tensor] | tuple[None, None]
 """The catalogue's image and text vectors [V, D], where they are at hand."""
@@ -170,11 +165,11 @@ class MMM4Rec(SequenceModel):
         if items_BL.shape[1] != self.config.max_len:
             raise ValueError(f"items_BL must be [B, {self.config.max_len}] (max_len), got {tuple(items_BL.shape)}")
         places = Places.padded(lengths_B, self.config.max_len)
-        times = self._times(timestamps_BL, lengths_B)
         image_SD, text_SD = self._rows(places.ids(items_BL))
         image_SD, text_SD, gap_S = self._starts(image_SD, text_SD, timestamps_BL, lengths_B, places)
-        for layer, its_times in zip(self.layers, times, strict=True):
-            image_SD, text_SD = layer(image_SD, text_SD, its_times, places, gap_S)
+        streams_MBHT = self._streams(timestamps_BL, lengths_B)
+        for layer in self.layers:
+            image_SD, text_SD, streams_MBHT = layer(image_SD, text_SD, streams_MBHT, places, gap_S)
         user_BD: Tensor = image_SD.index_select(0, places.last_B)
         return user_BD
 
@@ -186,32 +181,17 @@ class MMM4Rec(SequenceModel):
         """As `SequenceModel.training_loss`; with the full loss the catalogue's vectors are made once for both ends."""
         if in_batch:
             return super().training_loss(windows, in_batch)
-        vectors = self._catalogue(windows.lengths_B.device)
+        vectors = self.image.vectors(), self.text.vectors()
         user_BD = self._users(windows, vectors)
         table_VD = self._fused(*vectors)
         if windows.negative_N is not None:
             return self.sampled_loss(user_BD, table_VD, windows)
         return self.catalogue_loss(user_BD, table_VD, windows.target_B)
 
-    def _catalogue(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Image and text vectors [V, D] of all items."""
-        if len(self.text.features) > ROWS_ASIDE:
-            return self.image.vectors(), self.text.vectors()
-        image = Aside(device, lambda: (self.image.vectors(),))
-        text_VD, (image_VD,) = self.text.vectors(), image.awaited()
-        assert image_VD is not None
-        return image_VD, text_VD
-
     def _users(self, windows: Windows, vectors: _Vectors = (None, None)) -> Tensor:
         if windows.items_BT.is_cuda or windows.rows is None:
-            times = self._times(windows.timestamps_BT, windows.lengths_B)
             places = self._places(windows)
-            ids_S = places.ids(windows.items_BT)
-            order = self._order(ids_S, vectors)
-            user_BD = self._last(windows, places, times, *self._rows(ids_S, vectors, order))
-            if order is not None:
-                order.awaited()  # the gradients of the look-ups read it
-            return user_BD
+            return self._last(windows, places, *self._rows(places.ids(windows.items_BT), vectors))
         # On a CPU a part at a time, whose tensors stay in the processor's cache, and of windows of about one length,
         # so that hardly any padding is computed. Items are looked up at once: each look-up has a gradient of the
         # catalogue's size.
@@ -219,11 +199,9 @@ class MMM4Rec(SequenceModel):
         grids = [Places.padded(part.lengths_B, int(part.lengths_B.max())) for _, part in parts]
         ids = [grid.ids(part.items_BT) for grid, (_, part) in zip(grids, parts, strict=True)]
         sizes = [len(i) for i in ids]
-        flat_S = torch.cat(ids)
-        rows = self._rows(flat_S, vectors, self._order(flat_S, vectors))
-        image, text = (torch.split(rows_SD, sizes) for rows_SD in rows)
+        image, text = (torch.split(rows_SD, sizes) for rows_SD in self._rows(torch.cat(ids), vectors))
         users = [
-            self._last(part, grid, self._times(part.timestamps_BT, part.lengths_B), image_SD, text_SD)
+            self._last(part, grid, image_SD, text_SD)
             for (_, part), grid, image_SD, text_SD in zip(parts, grids, image, text, strict=True)
         ]
         return torch.cat(users).index_select(0, torch.cat([index for index, _ in parts]).argsort())
@@ -234,28 +212,21 @@ class MMM4Rec(SequenceModel):
             return Places.padded(windows.lengths_B, length)
         return Places.packed(windows.lengths_B, length, windows.rows)
 
-    def _order(self, items_S: Tensor, vectors: _Vectors) -> Aside | None:
-        """The order of the items, which only the gradients of look-ups in `vectors` read."""
-        return None if vectors[0] is None else Aside(items_S.device, partial(order_of, items_S, len(vectors[0])))
-
-    def _rows(
-        self, items_S: Tensor, vectors: _Vectors = (None, None), order: Aside | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _rows(self, items_S: Tensor, vectors: _Vectors = (None, None)) -> tuple[Tensor, Tensor]:
         """Image and text vectors [S, D]."""
-        ordered = None if order is None else Order(*order.given)  # type: ignore[arg-type]
-        return self.image.rows(items_S, vectors[0], ordered), self.text.rows(items_S, vectors[1], ordered)
+        order = None if vectors[0] is None else order_of(items_S, len(vectors[0]))
+        return self.image.rows(items_S, vectors[0], order), self.text.rows(items_S, vectors[1], order)
 
-    def _last(
-        self, windows: Windows, places: Places, times: list[LayerTimes], image_SD: Tensor, text_SD: Tensor
-    ) -> Tensor:
+    def _last(self, windows: Windows, places: Places, image_SD: Tensor, text_SD: Tensor) -> Tensor:
         """User vectors [B, D] from the item vectors of the places."""
         timestamps_BT, lengths_B = windows.timestamps_BT, windows.lengths_B
         image_SD, text_SD, gap_S = self._starts(image_SD, text_SD, timestamps_BT, lengths_B, places)
-        for layer, its_times in zip(self.layers[:-1], times[:-1], strict=True):
-            image_SD, text_SD = layer(image_SD, text_SD, its_times, places, gap_S)
+        streams_MBHT = self._streams(timestamps_BT, lengths_B)
+        for layer in self.layers[:-1]:
+            image_SD, text_SD, streams_MBHT = layer(image_SD, text_SD, streams_MBHT, places, gap_S)
         final = self.layers[-1]
         assert isinstance(final, CrossModalLayer)
-        return final.last(image_SD, text_SD, times[-1], places, gap_S)
+        return final.last(image_SD, text_SD, streams_MBHT, places, gap_S)
 
     def _starts(
         self, image_SD: Tensor, text_SD: Tensor, timestamps_BT: Tensor, lengths_B: Tensor, places: Places
@@ -269,18 +240,6 @@ class MMM4Rec(SequenceModel):
             return image_SD, text_SD, None
         gap_S = places.rows(log_gaps(timestamps_BT, lengths_B)[..., None]).squeeze(-1)
         return image_SD, text_SD, gap_S.to(image_SD.dtype)
-
-    def _times(self, timestamps_BL: Tensor, lengths_B: Tensor) -> list[LayerTimes]:
-        """What the time streams give each layer: they depend on no item, and are computed beside the main line."""
-        device, times = lengths_B.device, list[LayerTimes]()
-        for layer in self.layers:
-            assert isinstance(layer, CrossModalLayer)
-            if times:
-                streams = Aside(device, partial(_second, times[-1].staged))
-            else:
-                streams = Aside(device, lambda: (self._streams(timestamps_BL, lengths_B),))
-            times.append(layer.times(streams, device))
-        return times
 
     def _streams(self, timestamps_BL: Tensor, lengths_B: Tensor) -> Tensor | None:
         """Time streams [M, B, H, T] of image and text; without dropout they are equal, and there is one."""
@@ -339,10 +298,6 @@ class MMM4Rec(SequenceModel):
     def published_state(self) -> dict[str, Tensor]:
         """The weights under their published names and in their published shapes."""
         return published.export(self)
-
-
-def _second(pair: Aside) -> tuple[Tensor | None]:
-    return (pair.given[1],)
 
 
 def _normalised(vectors_VD: Tensor) -> Tensor:

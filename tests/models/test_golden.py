@@ -147,8 +147,7 @@ def packed_users(model: MMM4Rec, golden: Golden, spare: int = 0) -> Tensor:
     windows = given_windows(golden, spare)
     places = model._places(windows)
     assert places.offsets is not None
-    times = model._times(windows.timestamps_BT, windows.lengths_B)
-    return model._last(windows, places, times, *model._rows(places.ids(windows.items_BT)))
+    return model._last(windows, places, *model._rows(places.ids(windows.items_BT)))
 
 
 def read_users(model: MMM4Rec, golden: Golden, spare: int = 0) -> Tensor:

@@ -8,7 +8,6 @@ from mmm4rec_cli.data.dataset import ModelFeatures
 from mmm4rec_cli.data.sequences import Sequences
 from mmm4rec_cli.models.registry import build_model
 from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
-from mmm4rec_kernels import second
 
 pytestmark = pytest.mark.gpu
 
@@ -59,22 +58,6 @@ def test_a_recorded_step_has_the_gradients_of_an_unrecorded_one(small_settings, 
         seen.append(gradients)
     for plain, recorded in zip(*seen, strict=True):
         assert float((plain - recorded).norm() / plain.norm()) < 1e-4
-
-
-@pytest.mark.parametrize("graphs", [False, True])
-def test_work_beside_the_main_line_changes_no_bit(small_settings, monkeypatch, graphs):
-    settings = small_settings(model={"time": "published"}, finetune={"batch_size": 64, "accumulation": 2})
-    seen = []
-    for alone in (False, True):
-        if alone:
-            monkeypatch.setattr(second, "second_stream", torch.cuda.current_stream)
-        made, order, failed = trainer(settings, graphs=graphs)
-        torch.manual_seed(7)
-        for group in made.groups(order):
-            made.step(group)
-        assert not failed
-        seen.append(made.parameters.values.detach().clone())
-    assert torch.equal(*seen)
 
 
 def test_recorded_steps_of_the_sampled_loss_move_as_unrecorded_ones(small_settings):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mmm4rec_kernels import second
 from mmm4rec_kernels.backend import by_kernel, interpreting
 from mmm4rec_kernels.rows import ops
 
@@ -46,12 +45,7 @@ def seed(x: torch.Tensor, p: float, training: bool) -> torch.Tensor | None:
     """A draw from torch's own generator, on the device, so that dropout follows `torch.manual_seed`; None for none."""
     if not training or p == 0:
         return None
-    if not _drawn:
-        return torch.randint(1 << 62, (1,), device=x.device)
-    drawn = _drawn.pop()
-    if drawn.is_cuda:
-        drawn.record_stream(torch.cuda.current_stream())  # that of the draw may be another
-    return drawn
+    return _drawn.pop() if _drawn else torch.randint(1 << 62, (1,), device=x.device)
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
@@ -131,32 +125,8 @@ def unit_sum(a: torch.Tensor, b: torch.Tensor, *, scale: float = 1.0, least: flo
     return (F.normalize(a, dim=-1, eps=least) + F.normalize(b, dim=-1, eps=least)) * scale
 
 
-class _Weights(torch.autograd.Function):
-    """Stands for weights and bias of a linear layer: gives nothing that is read, and takes the gradient of its result.
-
-    Called on the second stream, so that their gradients are found there, beside those of what lies before the layer.
-    The bias's is summed by a kernel: torch's own sum takes several times as long as the memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.biased = bias is not None
-        return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        if x.is_cuda:
-            x.record_stream(torch.cuda.current_stream())
-        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-        d_weight = rows.T @ x.reshape(-1, x.shape[-1])
-        return d_weight, ops.sum_rows(rows).to(x.dtype) if ctx.biased else None, None
-
-
 class _Linear(torch.autograd.Function):
-    """As F.linear, with `weights` for the gradients of weight and bias.
+    """As F.linear, but for the gradient of the bias, which torch sums several times slower than the memory allows.
 
     With an index also rows of x, whose gradient is added where that of the product lies: no gradient of x's size comes
     from them alone.
@@ -164,37 +134,22 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        weights: torch.Tensor,
-        index: torch.Tensor | None,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ctx.save_for_backward(weight, index)
+        ctx.save_for_backward(x, weight, index)
         return F.linear(x, weight, bias), None if index is None else x.index_select(0, index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, d_rows: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        weight, index = ctx.saved_tensors
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_x = (grad.reshape(-1, grad.shape[-1]) @ weight).view(*grad.shape[:-1], weight.shape[1])
-            if index is not None and d_rows is not None:
-                d_x.index_add_(0, index, d_rows)
-        return d_x, None, None, grad, None
-
-
-def _linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    with second.on_second_stream(x):
-        weights = _Weights.apply(weight, bias, x.detach())  # type: ignore[no-untyped-call]
-    fixed = None if bias is None else bias.detach()
-    result: tuple[torch.Tensor, torch.Tensor | None]
-    result = _Linear.apply(x, weight.detach(), fixed, weights, index)  # type: ignore[no-untyped-call]
-    return result
+        x, weight, index = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        d_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        if d_x is not None and index is not None and d_rows is not None:
+            d_x.index_add_(0, index, d_rows)
+        d_weight = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        d_bias = ops.sum_rows(rows).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return d_x, d_weight, d_bias, None
 
 
 def _as_torch(x: torch.Tensor) -> bool:
@@ -203,9 +158,10 @@ def _as_torch(x: torch.Tensor) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """X weightᵀ + bias; [..., D] in, [..., C] out, weight [C, D], bias [C] or None."""
-    if _as_torch(x) or not torch.is_grad_enabled():
+    if bias is None or _as_torch(x):
         return F.linear(x, weight, bias)
-    return _linear(x, weight, bias, None)[0]
+    result: torch.Tensor = _Linear.apply(x, weight, bias, None)[0]  # type: ignore[no-untyped-call]
+    return result
 
 
 def linear_and_rows(
@@ -217,6 +173,5 @@ def linear_and_rows(
     """
     if _as_torch(x):
         return F.linear(x, weight, bias), x.index_select(0, index)
-    out, rows = _linear(x, weight, bias, index)
-    assert rows is not None
-    return out, rows
+    result: tuple[torch.Tensor, torch.Tensor] = _Linear.apply(x, weight, bias, index)  # type: ignore[no-untyped-call]
+    return result
