@@ -249,8 +249,8 @@ def first_calls(rows: list[Row]) -> Iterator[str]:
         shape = f"{row['batch']:,} packed, at most {row['length']}" if row["packed"] else where(row)
         times = [number(row.get(name), ".1f") for name in ("first_s", "process_s")]
         met = row.get("error") or ("yes" if row["first_s"] <= COLD else "no")
-        lines.append([f"`{row['operation']}`", shape, *times, met, row["commit"]])
-    head = ("operation", "shape", "first call, s", "whole process, s", f"≤ {COLD:g} s", "commit")
+        lines.append([f"`{row['operation']}`", shape, *times, met, row.get("note", ""), row["commit"]])
+    head = ("operation", "shape", "first call, s", "whole process, s", f"≤ {COLD:g} s", "machine", "commit")
     yield from table(head, lines)
 
 

@@ -109,8 +109,8 @@ def test_cold_first_calls_are_on_the_page(page):
     cold = about | {"length": 64, "packed": False, "first_s": 3.21, "process_s": 9.0}
     row = about | {"length": 20, "packed": False, "products": "tf32", "form": "triton", "peer": "triton", "us": 7.0}
     made = page.page([row], {}, [cold, cold | {"operation": "ssd_block", "first_s": 16.0}])
-    assert "| `ssd` | 8 × 64 | 3.2 | 9.0 | yes | c |" in made
-    assert "| `ssd_block` | 8 × 64 | 16.0 | 9.0 | no | c |" in made
+    assert "| `ssd` | 8 × 64 | 3.2 | 9.0 | yes |  | c |" in made
+    assert "| `ssd_block` | 8 × 64 | 16.0 | 9.0 | no |  | c |" in made
 
 
 def test_ratios_are_taken_within_one_process(page):
