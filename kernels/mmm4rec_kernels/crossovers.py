@@ -2,7 +2,7 @@
 
 Forward and backward together, as measured by kernels/benchmarks/run.py in the file that SOURCE names; a test holds this
 table to its rows. They hold no crossover: on an H100 the torch backend took 4.9 to 18 times as long as Triton for the
-scan of 20 to 4096 places in large batches. Small batches and the other operations were not timed so; Triton stands there
+scan of 20 to 4096 places in large batches. Small batches and other operations were not timed so; Triton stands there
 too. Kernels of other projects are not in it: they need not repeat bit for bit, and take single TF32
 products where three were asked for.
 """
