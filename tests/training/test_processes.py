@@ -39,20 +39,20 @@ def curve(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "sets"),
+    ("command", "count", "sets"),
     [
-        ("finetune", []),
-        ("pretrain", []),
-        ("finetune", ["finetune.loss=sampled", "finetune.negatives=9"]),
-        ("finetune", ["runtime.shard_items=always"]),
+        ("finetune", 2, []),
+        ("pretrain", 4, []),
+        ("finetune", 2, ["finetune.loss=sampled", "finetune.negatives=9"]),
+        ("finetune", 3, ["runtime.shard_items=always"]),
     ],
     ids=["full", "in batch", "sampled", "sharded"],
 )
-def test_two_processes_train_as_one(workspace, make_domain, command, sets):
+def test_several_processes_train_as_one(workspace, make_domain, command, count, sets):
     make_domain(users=61)
     more = [word for setting in sets for word in ("--set", setting)]
     curves = []
-    for processes in (1, 2):
+    for processes in (1, count):
         done = run(workspace, words(command, *more), processes)
         assert done.returncode == 0, done.stderr
         document = json.loads(done.stdout)  # one process speaks
@@ -61,10 +61,10 @@ def test_two_processes_train_as_one(workspace, make_domain, command, sets):
         assert document["hardware"]["processes"] == processes
         curves.append(curve(trained))
     assert [row["loss"] for row in curves[1]] == pytest.approx([row["loss"] for row in curves[0]], rel=1e-4)
-    for one, two in zip(*curves, strict=True):
-        assert two["valid"] == pytest.approx(one["valid"], abs=0.02)
+    for one, several in zip(*curves, strict=True):
+        assert several["valid"] == pytest.approx(one["valid"], abs=0.02)
     if command == "finetune":
-        alone, shared = (json.loads(run(workspace, ["evaluate", "--json"], n).stdout) for n in (1, 2))
+        alone, shared = (json.loads(run(workspace, ["evaluate", "--json"], n).stdout) for n in (1, count))
         assert shared == alone
 
 
