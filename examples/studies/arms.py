@@ -150,8 +150,6 @@ def _optimisation() -> Iterator[Arm]:
         "1024 x 8, 1e-3": plan(1024, 8, 1e-3),
         "1024, 1e-3": plan(1024, 1, 1e-3),
         "1024, 1e-3, average .99": plan(1024, 1, 1e-3, average=0.99),
-        "1024, 1e-3, average .99, decay 5e-4": plan(1024, 1, 1e-3, average=0.99, weight_decay=5e-4),
-        "1024, 5e-4, average .99": plan(1024, 1, 5e-4, average=0.99),
         "1024, 1e-3, cosine 10": falling(1024, 1e-3, 10),
         "1024, 1e-3, cosine 20": falling(1024, 1e-3, 20),
         "1024, 1e-3, cosine 40": falling(1024, 1e-3, 40),
