@@ -75,5 +75,8 @@ class Operator:
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Decorates a function of annotated positional arguments, none of which it changes; `name` is namespace::name."""
+    """Decorates a function of annotated positional arguments, none of which it changes; `name` is namespace::name.
+
+    Its lists hold numbers: autograd does not look for tensors in them.
+    """
     return lambda function: Operator(name, function)
