@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -20,6 +20,30 @@ from mmm4rec_kernels.backend import interpreting, runs
 LAUNCHED = "mmm4rec_kernels.windows.fused"
 """Module whose kernels run all the same: they give places in tensors, which must not be arbitrary."""
 
+_done: set[Hashable] = set()
+"""Kinds of work whose kernels this process has compiled."""
+
+
+def compile_once(kind: Hashable, sizes: Iterable[int], device: torch.device, work: Callable[[], object]) -> None:
+    """Compile the kernels of `work` side by side, once a process for each kind and for what sizes make another kernel.
+
+    Args:
+        kind: what the kernels depend on, but for sizes.
+        sizes: those that vary from call to call.
+        device: where the work runs; elsewhere than on a GPU nothing is done.
+        work: is called with launches that run nothing; nothing that it returns or writes means anything.
+    """
+    # Kernels are compiled anew for sizes that 16 does not divide.
+    key = (kind, tuple(size % 16 == 0 for size in sizes))
+    if key not in _done and _compiles_on(device):
+        with compiled_side_by_side(device):
+            work()
+        _done.add(key)
+
+
+def _compiles_on(device: torch.device) -> bool:
+    return device.type == "cuda" and not interpreting() and runs("triton")
+
 
 @contextlib.contextmanager
 def compiled_side_by_side(device: torch.device) -> Iterator[None]:
@@ -28,7 +52,7 @@ def compiled_side_by_side(device: torch.device) -> Iterator[None]:
     What the launches would have written is arbitrary. Without a GPU, or with nothing to compile with, launches are
     what they were. An error of a compilation is left to the launch that needs the kernel.
     """
-    if device.type != "cuda" or interpreting() or not runs("triton"):
+    if not _compiles_on(device):
         yield
         return
     from triton.runtime.jit import JITFunction

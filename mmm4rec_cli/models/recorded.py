@@ -9,7 +9,7 @@ from mmm4rec_cli.data.sequences import Windows
 from mmm4rec_cli.device import precision
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.places import rounded_rows
-from mmm4rec_kernels import compiled_side_by_side
+from mmm4rec_kernels import compile_once
 
 RECORD_AT = 4
 """Times that a shape is met before it is recorded: recording costs as much as several calls."""
@@ -50,9 +50,9 @@ class RecordedUsers:
         if windows.rows is not None:
             windows = replace(windows, rows=rounded_rows(windows.rows, users, length))
         shape = (users, windows.rows)
-        if not self._met:
-            with compiled_side_by_side(self.device):
-                self._compute(windows)
+        if shape not in self._met:
+            kind = (type(self), type(self.model), self.number_format)
+            compile_once(kind, (users, windows.rows or 0), self.device, lambda: self._compute(windows))
         self._met[shape] = self._met.get(shape, 0) + 1
         if shape not in self._recorded:
             if self._met[shape] < RECORD_AT:

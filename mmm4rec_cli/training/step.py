@@ -15,10 +15,7 @@ from mmm4rec_cli.device import precision
 from mmm4rec_cli.models.interface import SequenceModel
 from mmm4rec_cli.models.places import rounded_rows
 from mmm4rec_cli.world import World
-from mmm4rec_kernels import compiled_side_by_side, seeds_at_once
-
-_compiled: set[tuple[type, str, bool, tuple[bool, ...]]] = set()
-"""Kinds of micro-batches whose kernels this process has compiled side by side."""
+from mmm4rec_kernels import compile_once, seeds_at_once
 
 
 @dataclass(frozen=True)
@@ -163,12 +160,8 @@ class Gradients:
         weight = torch.zeros((), dtype=torch.float64, device=self.device)
         random = torch.cuda.get_rng_state(self.device)
         try:
-            # Kernels are compiled anew for sizes that 16 does not divide.
-            sizes = tuple(size % 16 == 0 for size in self.shape_of(batch))
-            kind = (type(self.model), self.number_format, self.in_batch, sizes)
-            if kind not in _compiled:
-                self._compile(held, weight)
-                _compiled.add(kind)
+            kind = (type(self), type(self.model), self.number_format, self.in_batch)
+            compile_once(kind, self.shape_of(batch), self.device, lambda: self._rehearse(held, weight))
             if self._pool is None:
                 # Once as it is, so that nothing is set up while recording; with weight 0 it adds 0 to the gradients.
                 side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -192,12 +185,11 @@ class Gradients:
             torch.cuda.set_rng_state(random, self.device)
         return _Recorded(graph, held, weight, loss)
 
-    def _compile(self, held: MicroBatch, weight: Tensor) -> None:
-        """Compile the kernels of a micro-batch; nothing is computed that anybody reads."""
+    def _rehearse(self, held: MicroBatch, weight: Tensor) -> None:
+        """All that a micro-batch does, but that its gradients are not kept."""
         self._dry = True
         try:
-            with compiled_side_by_side(self.device):
-                self._compute(held, weight)
+            self._compute(held, weight)
         finally:
             self._dry = False
 

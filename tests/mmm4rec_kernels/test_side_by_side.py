@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from mmm4rec_kernels import compiled_side_by_side, side_by_side
+from mmm4rec_kernels import compile_once, compiled_side_by_side, side_by_side
 
 jit = pytest.importorskip("triton.runtime.jit")
 
@@ -53,3 +53,20 @@ def test_without_a_gpu_nothing_changes(compiled):
     with compiled_side_by_side(torch.device("cpu")):
         run = jit.JITFunction.run
     assert run is jit.JITFunction.run
+
+
+def test_a_kind_of_work_is_compiled_once(compiled, monkeypatch):
+    from mmm4rec_kernels.rows import fused
+
+    monkeypatch.setattr(side_by_side, "_done", set())
+    x, calls = torch.randn(64, 32), []
+
+    def work(rows):
+        calls.append(rows)
+        fused.unit_sum(x[:rows], x[:rows], 1.0, 0.0)
+
+    for kind, rows in (("a", 64), ("a", 48), ("b", 48), ("a", 37), ("a", 35)):
+        compile_once(kind, (rows,), torch.device("cuda"), lambda rows=rows: work(rows))
+    compile_once("c", (), torch.device("cpu"), lambda: work(3))
+    assert calls == [64, 48, 37]
+    assert len(compiled) == 3

@@ -1,5 +1,4 @@
 # Triton kernels carry no Python types, and their arguments are explained at the top of the file.
-# ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The block for short sequences, several of them in one tile of 32 places.
 
