@@ -55,10 +55,17 @@ def vector(p, o_c, m_c):
 
 
 @triton.jit
-def taps_of(p_weight, o_c, m_c, BACK: tl.constexpr, TAPS: tl.constexpr):
-    """Taps [1, columns] for the place BACK places before the present one; zero behind the last tap."""
+def tap(p_weight, o_c, m_c, BACK: tl.constexpr, TAPS: tl.constexpr):
+    """The tap [1, columns] for the place BACK places before the present one; zero behind the last tap."""
     m_tap = m_c & (BACK < TAPS)
     return tl.load(p_weight + o_c * TAPS + (TAPS - 1 - BACK), mask=m_tap, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def taps_of(p_weight, o_c, m_c, TAPS: tl.constexpr):
+    """The taps for the present place and for one, two and three places before it."""
+    now, one = tap(p_weight, o_c, m_c, 0, TAPS), tap(p_weight, o_c, m_c, 1, TAPS)
+    return now, one, tap(p_weight, o_c, m_c, 2, TAPS), tap(p_weight, o_c, m_c, 3, TAPS)
 
 
 @triton.jit
@@ -170,12 +177,8 @@ def tail_forward(
     b_C *= sigmoid(b_C)
     b_shift_x = vector(p_shift_x, o_p, m_p)
     b_shift_B = vector(p_shift_B, o_n, m_n)
-    p_weight_x = p_weight + at_x * TAPS
-    p_weight_B = p_weight + at_B * TAPS
-    x_0, B_0 = taps_of(p_weight_x, o_p, m_p, 0, TAPS), taps_of(p_weight_B, o_n, m_n, 0, TAPS)
-    x_1, B_1 = taps_of(p_weight_x, o_p, m_p, 1, TAPS), taps_of(p_weight_B, o_n, m_n, 1, TAPS)
-    x_2, B_2 = taps_of(p_weight_x, o_p, m_p, 2, TAPS), taps_of(p_weight_B, o_n, m_n, 2, TAPS)
-    x_3, B_3 = taps_of(p_weight_x, o_p, m_p, 3, TAPS), taps_of(p_weight_B, o_n, m_n, 3, TAPS)
+    x_0, x_1, x_2, x_3 = taps_of(p_weight + at_x * TAPS, o_p, m_p, TAPS)
+    B_0, B_1, B_2, B_3 = taps_of(p_weight + at_B * TAPS, o_n, m_n, TAPS)
     b_bias_x = vector(p_bias + at_x, o_p, m_p)
     b_bias_B = vector(p_bias + at_B, o_n, m_n)
     place = count[None, :] - J + o_j[:, None]
@@ -312,12 +315,8 @@ def tail_backward(
     D = tl.load(p_D + i_h).to(tl.float32)
     b_shift_x = vector(p_shift_x, o_p, m_p)
     b_shift_B = vector(p_shift_B, o_n, m_n)
-    p_weight_x = p_weight + at_x * TAPS
-    p_weight_B = p_weight + at_B * TAPS
-    x_0, B_0 = taps_of(p_weight_x, o_p, m_p, 0, TAPS), taps_of(p_weight_B, o_n, m_n, 0, TAPS)
-    x_1, B_1 = taps_of(p_weight_x, o_p, m_p, 1, TAPS), taps_of(p_weight_B, o_n, m_n, 1, TAPS)
-    x_2, B_2 = taps_of(p_weight_x, o_p, m_p, 2, TAPS), taps_of(p_weight_B, o_n, m_n, 2, TAPS)
-    x_3, B_3 = taps_of(p_weight_x, o_p, m_p, 3, TAPS), taps_of(p_weight_B, o_n, m_n, 3, TAPS)
+    x_0, x_1, x_2, x_3 = taps_of(p_weight + at_x * TAPS, o_p, m_p, TAPS)
+    B_0, B_1, B_2, B_3 = taps_of(p_weight + at_B * TAPS, o_n, m_n, TAPS)
     b_bias_x = vector(p_bias + at_x, o_p, m_p)
     b_bias_B = vector(p_bias + at_B, o_n, m_n)
     b_tx0 = tl.zeros([BS, BP], tl.float32)
@@ -494,7 +493,7 @@ def tail_backward(
                 j = m - (TAPS - 1) + back
                 if j >= 0 and j < J:
                     b_part = tl.sum(tl.where((o_j == j)[:, None, None], b_duC, 0.0), 0)
-                    b_d += b_part * taps_of(p_weight + at_C * TAPS, o_n, m_n, back, TAPS)
+                    b_d += b_part * tap(p_weight + at_C * TAPS, o_n, m_n, back, TAPS)
             b_d = tl.where((count - M + m >= 0)[:, None], b_d, 0.0)
             o_row = o_s.to(tl.int64) * M + m
             p_to = p_dC + o_row[:, None] * (H * N) + i_h * N + o_n[None, :]
