@@ -224,6 +224,34 @@ def test_float64_gradients_equal_the_published_ones(golden, path, monkeypatch):
         assert max(worst.values()) < 1e-6, max(worst, key=worst.get)
 
 
+def compiled_losses(model: MMM4Rec, golden: Golden, backend: str) -> dict[str, Tensor]:
+    """User vectors and both losses from one graph of torch.compile."""
+
+    def whole(items: Tensor, lengths: Tensor, times: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        user = model(items, lengths, times)
+        losses = {f"loss_{kind}": model.loss(user, labels, in_batch=kind == "inbatch") for kind in ("full", "inbatch")}
+        return {"seq_output": user, **losses}
+
+    torch.compiler.reset()
+    try:
+        return torch.compile(whole, fullgraph=True, backend=backend)(*golden.inputs(), golden.tensors["in/labels"])
+    finally:
+        torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own tracer
+@pytest.mark.parametrize("variant", ["", "_notime"])
+def test_traced_by_torch_compile_outputs_and_gradients_equal_the_published_ones(variant):
+    # Without inductor, which gives other gradients of gathered rows on a CPU (torch 2.13); `gpu` has it.
+    golden = Golden(variant)
+    model = golden.model(torch.float64).eval()
+    got = compiled_losses(model, golden, "aot_eager_decomp_partition")
+    assert max(deviation(value, golden.tensors[f"out/{name}"]) for name, value in got.items()) < 1e-9
+    wanted = {k.removeprefix("grad/"): v for k, v in golden.tensors.items() if k.startswith("grad/") and v.any()}
+    found = gradients(model, got["loss_full"])
+    assert max(deviation(found[name], want) for name, want in wanted.items()) < 1e-6
+
+
 def test_float32_stays_within_a_few_times_the_published_float32_deviation(golden):
     model = golden.model(torch.float32).eval()
     with torch.no_grad():

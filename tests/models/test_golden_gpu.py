@@ -48,3 +48,21 @@ def test_outputs_and_gradients_stay_close_to_the_published_float64(variant, numb
     assert max(outputs.values()) < allowed, outputs
     for name, error in worst.items():
         assert error < allowed_gradient * (5 if name.endswith(GATE) else 1), (name, error)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own tracer and compiler
+@pytest.mark.parametrize("variant", ["", "_notime"])
+def test_compiled_by_torch_outputs_and_gradients_equal_the_published_ones(variant):
+    golden = golden_module.Golden(variant)
+    model = golden.model(torch.float32).eval().cuda()
+    golden.tensors |= {k: v.cuda() for k, v in golden.tensors.items() if k.startswith("in/")}
+    with precision("fp32", torch.device("cuda")):
+        got = golden_module.compiled_losses(model, golden, "inductor")
+        gradients = golden_module.gradients(model, got["loss_full"])
+    allowed, allowed_gradient = BOUNDS["fp32"]
+    outputs = {k: golden_module.deviation(v.cpu(), golden.tensors[f"out/{k}"]) for k, v in got.items()}
+    assert max(outputs.values()) < allowed, outputs
+    wanted = {k.removeprefix("grad/"): v for k, v in golden.tensors.items() if k.startswith("grad/") and v.any()}
+    for name, want in wanted.items():
+        error = golden_module.deviation(gradients[name].cpu(), want)
+        assert error < allowed_gradient * (5 if name.endswith(GATE) else 1), (name, error)
