@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -24,21 +24,18 @@ _done: set[Hashable] = set()
 """Kinds of work whose kernels this process has compiled."""
 
 
-def compile_once(kind: Hashable, sizes: Iterable[int], device: torch.device, work: Callable[[], object]) -> None:
-    """Compile the kernels of `work` side by side, once a process for each kind and for what sizes make another kernel.
+def compile_once(kind: Hashable, device: torch.device, work: Callable[[], object]) -> None:
+    """Compile the kernels of `work` side by side, once a process for each kind.
 
     Args:
-        kind: what the kernels depend on, but for sizes.
-        sizes: those that vary from call to call.
+        kind: what the kernels depend on; numbers of rows are nothing that they are compiled for.
         device: where the work runs; elsewhere than on a GPU nothing is done.
         work: is called with launches that run nothing; nothing that it returns or writes means anything.
     """
-    # Kernels are compiled anew for sizes that 16 does not divide.
-    key = (kind, tuple(size % 16 == 0 for size in sizes))
-    if key not in _done and _compiles_on(device):
+    if kind not in _done and _compiles_on(device):
         with compiled_side_by_side(device):
             work()
-        _done.add(key)
+        _done.add(kind)
 
 
 def _compiles_on(device: torch.device) -> bool:
@@ -64,11 +61,11 @@ def compiled_side_by_side(device: torch.device) -> Iterator[None]:
         if warmup or kernel.fn.__module__ == LAUNCHED:
             return launch(kernel, *arguments, grid=grid, warmup=warmup, **options)
         given = [_stand_in(argument) for argument in arguments]
-        varying = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
+        parameters = {parameter.name: parameter for parameter in kernel.params}
         key = (
             id(kernel),
-            *(_kind(a, p.name in varying) for a, p in zip(given, kernel.params, strict=False)),
-            *((name, _kind(a, name in varying)) for name, a in options.items()),
+            *(_kind(a, p) for a, p in zip(given, kernel.params, strict=False)),
+            *((name, _kind(a, parameters.get(name))) for name, a in options.items()),
         )
         if key not in compiling:
             compiling[key] = pool.submit(_compiled, kernel, given, grid, options)
@@ -98,10 +95,12 @@ def _stand_in(argument: Any) -> Any:
     return argument
 
 
-def _kind(argument: Any, varies: bool) -> Any:
-    """What a kernel is compiled anew for, as far as an argument goes."""
-    if not varies or argument is None or isinstance(argument, (bool, torch.dtype)):
+def _kind(argument: Any, parameter: Any) -> Any:
+    """What a kernel is compiled anew for, as far as an argument goes; options of a launch have no parameter."""
+    fixed = parameter is None or parameter.is_constexpr
+    if fixed or argument is None or isinstance(argument, (bool, torch.dtype)):
         return argument
     if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, abs(argument) < 1 << 31
+        special = () if parameter.do_not_specialize else (argument == 1, argument % 16 == 0)
+        return *special, abs(argument) < 1 << 31
     return argument.dtype if isinstance(argument, torch.Tensor) else type(argument)

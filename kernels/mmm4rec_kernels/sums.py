@@ -12,10 +12,10 @@ SIDE_BY_SIDE = 32
 """Rows, and columns, that a program adds at a time; also the most parts into which many rows are cut first."""
 
 
-@triton.jit
-def ordered_sums(p_from, p_to, count, columns, row, group, BR: tl.constexpr, BC: tl.constexpr):
-    """Sums of every S-th block of rows of [n, count, columns], whose groups are `group` apart: [n, S, columns]."""
-    p_from += tl.program_id(2).to(tl.int64) * group
+@triton.jit(do_not_specialize=["count"])
+def ordered_sums(p_from, p_to, count, columns, row, BR: tl.constexpr, BC: tl.constexpr):
+    """Sums of every S-th block of rows of [n, count, columns], which are `row` apart: [n, S, columns]."""
+    p_from += tl.program_id(2).to(tl.int64) * count * row
     p_to += tl.program_id(2) * tl.num_programs(1) * columns
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     o_r = tl.arange(0, BR)
@@ -34,9 +34,7 @@ def summed(sums: torch.Tensor) -> torch.Tensor:
     groups, count = sums.shape[:2]
     out = torch.empty(groups, *sums.shape[2:], dtype=sums.dtype, device=sums.device)
     columns = out[0].numel()
-    ordered_sums[(triton.cdiv(columns, 16), 1, groups)](
-        sums, out, count, columns, columns, count * columns, BR=128, BC=16, num_warps=4
-    )
+    ordered_sums[(triton.cdiv(columns, 16), 1, groups)](sums, out, count, columns, columns, BR=128, BC=16, num_warps=4)
     return out
 
 
@@ -56,5 +54,5 @@ def sum_rows(rows: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor
 def _launch(rows: torch.Tensor, to: torch.Tensor, parts: int) -> None:
     count, columns = rows.shape
     ordered_sums[(-(-columns // SIDE_BY_SIDE), parts)](
-        rows, to, count, columns, rows.stride(0), 0, BR=SIDE_BY_SIDE, BC=SIDE_BY_SIDE, num_warps=4
+        rows, to, count, columns, rows.stride(0), BR=SIDE_BY_SIDE, BC=SIDE_BY_SIDE, num_warps=4
     )

@@ -52,7 +52,7 @@ class RecordedUsers:
         shape = (users, windows.rows)
         if shape not in self._met:
             kind = (type(self), type(self.model), self.number_format)
-            compile_once(kind, (users, windows.rows or 0), self.device, lambda: self._compute(windows))
+            compile_once(kind, self.device, lambda: self._compute(windows))
         self._met[shape] = self._met.get(shape, 0) + 1
         if shape not in self._recorded:
             if self._met[shape] < RECORD_AT:

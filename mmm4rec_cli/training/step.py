@@ -161,7 +161,7 @@ class Gradients:
         random = torch.cuda.get_rng_state(self.device)
         try:
             kind = (type(self), type(self.model), self.number_format, self.in_batch)
-            compile_once(kind, self.shape_of(batch), self.device, lambda: self._rehearse(held, weight))
+            compile_once(kind, self.device, lambda: self._rehearse(held, weight))
             if self._pool is None:
                 # Once as it is, so that nothing is set up while recording; with weight 0 it adds 0 to the gradients.
                 side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

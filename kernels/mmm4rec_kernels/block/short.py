@@ -164,7 +164,7 @@ def factor_places(i_tile, base, o_l, o_first, per_tile, magic, factor_batch, fac
         return (i_tile * per_tile + ((o_l * magic) >> 16)).to(tl.int64) * factor_batch + (o_l - o_first) * factor_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sequences", "tiles", "factor_batch"])
 def block_steps(
     p_dt,
     p_factor,
@@ -279,7 +279,7 @@ def convolve(
     return b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def block_forward(
     p_z,
     p_x,
@@ -385,7 +385,7 @@ def block_forward(
             tl.store(p_out + h * P + o_tile, b_g.to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def row_products(p_a, p_b, p_sum, rows, E: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
     """Sum of a times b over each row of two contiguous [rows, E] tensors."""
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -397,7 +397,7 @@ def row_products(p_a, p_b, p_sum, rows, E: tl.constexpr, BR: tl.constexpr, BE: t
     tl.store(p_sum + o_r, tl.sum(b_a * b_b, 1) / E, mask=o_r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def block_backward(
     p_z,
     p_x,
@@ -532,7 +532,7 @@ def row_at(p, t, o_c, m_c, inside, ROW: tl.constexpr):
     return tl.load(p + t * ROW + o_c, mask=m_c & inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def columns_backward(
     p_in,
     p_weight,
@@ -635,7 +635,7 @@ def columns_backward(
     tl.store(p_sums + CHANNELS * TAPS + at + o_c, sum_bias, mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "factor_batch"])
 def block_steps_backward(
     p_dt,
     p_factor,
@@ -751,7 +751,12 @@ def prepare(
         segments = triton.cdiv(rows, SEGMENT)
         programs = triton.cdiv(rows, size - longest + 1) + segments
         windows = where | {"per_tile": size - longest + 1, "BL": size}
-        plan = {"sequences": sequences, "DEPTH": sequences.bit_length(), "SEGMENT": SEGMENT, "TILES": tiles // segments}
+        plan = {
+            "sequences": sequences,
+            "DEPTH": max(12, sequences.bit_length()),
+            "SEGMENT": SEGMENT,
+            "TILES": tiles // segments,
+        }
     block_steps[(programs,)](
         projected[..., -heads:],
         factor,

@@ -113,7 +113,7 @@ def reads(
     return b_u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users", "length", "factor_batch"])
 def tail_forward(
     p_x,
     p_shift,
@@ -243,7 +243,7 @@ def store_taps(p_sums, b_0, b_1, b_2, b_3, b_bias, at, o_c, m_c, CHANNELS: tl.co
     tl.store(p_sums + CHANNELS * TAPS + at + o_c, tl.sum(b_bias, 0), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "users", "length", "factor_batch", "factor_places"])
 def tail_backward(
     p_dy,
     p_x,

@@ -33,7 +33,7 @@ def row(p, t, o_c, m_c, first, end, ROW: tl.constexpr):
     return tl.load(p + t * ROW + o_c, mask=m_c & (t >= first) & (t < end), other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "in_batch"])
 def conv_forward(
     p_in,
     p_weight,
@@ -84,7 +84,7 @@ def conv_forward(
         tl.store(p_out + t * C + o_c, tl.zeros([BC], p_out.dtype.element_ty), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "sequences", "in_batch"])
 def conv_backward(
     p_in,
     p_weight,

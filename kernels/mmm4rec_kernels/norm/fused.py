@@ -22,7 +22,7 @@ PROGRAMS = 8
 """Programs of the backward kernel for each multiprocessor."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "y_batch", "z_batch"])
 def norm_forward(
     p_y,
     p_z,
@@ -69,7 +69,7 @@ def norm_forward(
     tl.store(p_scale + o_r, b_scale, mask=o_r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "y_batch", "z_batch", "dz_batch"])
 def norm_backward(
     p_grad,
     p_y,

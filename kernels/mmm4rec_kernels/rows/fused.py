@@ -28,7 +28,7 @@ def _kept(p_seed, o_element, p):
     return tl.where(b_random >= p, 1.0 / (1.0 - p), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def residual_norm_forward(
     p_x,
     p_residual,
@@ -70,7 +70,7 @@ def residual_norm_forward(
     tl.store(p_out + o_element, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def residual_norm_backward(
     p_grad,
     p_sum,
@@ -123,7 +123,7 @@ def residual_norm_backward(
         tl.store(p_sums + o_sums + 2 * D, b_dshift, mask=o_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def column_sums(p_x, p_sums, rows, columns, stride, BR: tl.constexpr, BC: tl.constexpr):
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     b_sum = tl.zeros([BC], tl.float32)
@@ -135,10 +135,10 @@ def column_sums(p_x, p_sums, rows, columns, stride, BR: tl.constexpr, BC: tl.con
     tl.store(p_sums + tl.program_id(0).to(tl.int64) * columns + o_c, b_sum, mask=o_c < columns)
 
 
-@triton.jit
-def activation_forward(p_x, p_seed, p_shift, p_out, size, p, D: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def activation_forward(p_x, p_seed, p_shift, p_out, rows, p, D: tl.constexpr, BLOCK: tl.constexpr):
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o_x < size
+    mask = o_x < tl.cast(rows, tl.int64) * D
     b_x = tl.load(p_x + o_x, mask=mask, other=0.0).to(tl.float32)
     if p_shift is not None:
         b_x += tl.load(p_shift + o_x % D, mask=mask, other=0.0).to(tl.float32)
@@ -148,7 +148,7 @@ def activation_forward(p_x, p_seed, p_shift, p_out, size, p, D: tl.constexpr, BL
     tl.store(p_out + o_x, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def activation_backward(
     p_grad, p_x, p_seed, p_shift, p_dx, p_sums, rows, p, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):
@@ -174,7 +174,7 @@ def activation_backward(
         tl.store(p_sums + tl.program_id(0).to(tl.int64) * D + o_d, b_dshift, mask=o_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def unit_sum_forward(p_a, p_b, p_out, rows, scale, least, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_d = tl.arange(0, BD)
@@ -197,7 +197,7 @@ def unit_gradient(b_x, b_grad, scale, least):
     return b_grad * b_scale[:, None] - b_x * b_along[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def unit_sum_backward(
     p_grad, p_a, p_b, p_da, p_db, rows, scale, least, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):
@@ -328,7 +328,7 @@ def hardswish(x: torch.Tensor, seed: torch.Tensor | None, p: float, shift: torch
     out = torch.empty_like(x)
     if x.numel():
         grid = (triton.cdiv(x.numel(), 1024),)
-        activation_forward[grid](x, seed, shift, out, x.numel(), p, D=x.shape[-1], BLOCK=1024)
+        activation_forward[grid](x, seed, shift, out, x.numel() // x.shape[-1], p, D=x.shape[-1], BLOCK=1024)
     return out
 
 

@@ -61,7 +61,7 @@ def row_softmax(
         tl.store(p_slope + begin + o_c, b_slope.to(p_slope.dtype.element_ty), mask=begin + o_c < in_row * ALIGN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "i_slice", "queries"])
 def part_totals(
     p_score, p_target, p_totals, p_own, columns, in_row, first, i_slice, queries, ALIGN: tl.constexpr, BC: tl.constexpr
 ):
@@ -79,7 +79,7 @@ def part_totals(
     tl.store(p_own + i_row, own, mask=(target >= begin) & (target < tl.minimum(begin + BC, columns)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def part_slopes(p_score, p_target, p_total, p_slope, columns, in_row, first, ALIGN: tl.constexpr, BC: tl.constexpr):
     """Softmax minus one at the target, of one row's slice."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -91,7 +91,7 @@ def part_slopes(p_score, p_target, p_total, p_slope, columns, in_row, first, ALI
     tl.store(p_slope + at, b_slope.to(p_slope.dtype.element_ty), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places"])
 def tile_sums(
     p_grad,
     p_ordered,
@@ -132,7 +132,7 @@ def tile_sums(
     tl.store(p_out + o_out, b_sum.to(p_out.dtype.element_ty), mask=m_out[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places"])
 def join_sums(
     p_ordered, p_out, p_head, p_tail, places, D: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr
 ):
@@ -160,7 +160,7 @@ def join_sums(
             tl.store(p_out + row.to(tl.int64) * D + o_d, b_sum.to(p_out.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])
 def part_counts(p_score, p_own, p_counts, columns, in_row, queries, ALIGN: tl.constexpr, BC: tl.constexpr):
     """Scores of one row's slice above its own, and equal."""
     i_row = tl.program_id(0).to(tl.int64)

@@ -18,7 +18,7 @@ ELEMENTS = 512
 """Elements of a state block: BE channels times N."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def selective_forward(
     p_x, p_dt, p_a, p_b, p_c, p_d, p_y, length, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr
 ):
@@ -45,7 +45,7 @@ def selective_forward(
         tl.store(p_y + t * E + o_e, b_y, mask=m_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "sequences"])
 def selective_backward(
     p_grad,
     p_x,

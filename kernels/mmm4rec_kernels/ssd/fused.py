@@ -131,7 +131,7 @@ def row_start(first, i_s, length, ENDS: tl.constexpr):
         return tl.cast(i_s, tl.int64) * length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "x_batch", "B_batch", "dt_batch", "factor_batch"])
 def chunk_writes(
     p_x,
     p_dt,
@@ -207,7 +207,7 @@ def carried(p_states, p_through, k, m_k, o_i, m_i, SIZE: tl.constexpr):
     return b_add, tl.load(p_through + k, mask=m_k, other=1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def walk(
     p_states,
     p_through,
@@ -260,7 +260,7 @@ def walk(
         tl.store(p_last + at * SIZE + o_i, b_state, mask=m_i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "x_batch", "B_batch", "C_batch", "dt_batch", "factor_batch"])
 def scan_forward(
     p_x,
     p_dt,
@@ -361,7 +361,7 @@ def scan_forward(
     tl.store(p_y + o_t[:, None] * (H * P) + o_p[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "x_batch", "B_batch", "C_batch", "dt_batch", "factor_batch"])
 def scan_backward(
     p_x,
     p_dt,

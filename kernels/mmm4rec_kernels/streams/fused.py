@@ -98,7 +98,7 @@ def store_taps(p_sum, b_sum, T: tl.constexpr, K: tl.constexpr, BT: tl.constexpr)
         tl.store(p_sum + k, tl.sum(tl.sum(tl.where(back == K - 1 - k, b_sum, 0.0), 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def stage_forward(
     p_r,
     p_w1,
@@ -168,7 +168,7 @@ def stage_forward(
         tl.store(p_next + o_element, b_next, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def stage_backward(
     p_dw,
     p_dnext,
@@ -331,7 +331,7 @@ def store_pair(p_sum, b_dre, b_dim, b_re, b_im, F: tl.constexpr, BF: tl.constexp
     tl.store(p_sum + 2 * F * F + F + o_f, b_sum_im - b_sum_re, mask=o_f < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def filter_forward(
     p_image,
     p_text,
@@ -381,7 +381,7 @@ def filter_forward(
     tl.store(p_out + o_element, b_out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def filter_backward(
     p_grad,
     p_maps,

@@ -17,7 +17,7 @@ PLACED = 32
 """Windows of a program of `place`."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows"])
 def gather(
     p_value,
     p_time,
@@ -54,7 +54,7 @@ def gather(
     tl.store(p_times + o_to, b_time, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "rows", "fillings"])
 def place(
     p_lengths,
     p_last,
