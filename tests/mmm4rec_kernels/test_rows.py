@@ -161,6 +161,19 @@ def test_linear_has_the_gradients_of_torchs_own():
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_turned_weight_is_the_weight():
+    wide, narrow = torch.randn(1032, 6, device=DEVICE), torch.randn(8, 6, device=DEVICE)
+    assert rows._turned(wide) is wide, "products of full precision take it as it lies"
+    torch.set_float32_matmul_precision("high")
+    try:
+        turned = rows._turned(wide)
+        assert rows._turned(narrow) is narrow
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(turned, wide)
+    assert turned.stride() == (1, 1032)
+
+
 def test_rows_beside_a_linear_layer_and_their_gradients():
     x, weight, bias = torch.randn(9, 6), torch.randn(11, 6), torch.randn(11)
     index = torch.tensor([8, 2, 5], device=DEVICE)
