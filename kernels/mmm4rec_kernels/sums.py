@@ -10,6 +10,8 @@ import triton.language as tl
 
 SIDE_BY_SIDE = 32
 """Rows, and columns, that a program adds at a time; also the most parts into which many rows are cut first."""
+WARPS = 4
+"""Warps of a program that adds what the programs of a kernel leave, each with 32 rows at a time."""
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -34,7 +36,9 @@ def summed(sums: torch.Tensor) -> torch.Tensor:
     groups, count = sums.shape[:2]
     out = torch.empty(groups, *sums.shape[2:], dtype=sums.dtype, device=sums.device)
     columns = out[0].numel()
-    ordered_sums[(triton.cdiv(columns, 16), 1, groups)](sums, out, count, columns, columns, BR=128, BC=16, num_warps=4)
+    ordered_sums[(triton.cdiv(columns, 16), 1, groups)](
+        sums, out, count, columns, columns, BR=32 * WARPS, BC=16, num_warps=WARPS
+    )
     return out
 
 
