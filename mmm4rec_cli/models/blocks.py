@@ -245,12 +245,11 @@ class SSD(StateSpace):
         bias, apart = torch.cat([b_xB, b_dt]), _apart(u_SD)
         weight = torch.cat([w_xB, w_dt])
         xBdt_SC, u_ND = linear_and_rows(u_SD, weight, None if apart else bias, places.tail_rows(reach))
-        C_NQ, u_ID = linear_and_rows(u_ND, w_C, b_C, places.ends(reach, count))
-        u_BJD = u_ID.view(places.users, count, -1)
+        C_BMQ, u_BJD = linear_and_rows(u_ND.view(places.users, reach, -1), w_C, b_C, slice(reach - count, reach))
         projected = CrossProjections(
             xBdt=self.paced(xBdt_SC, gap_S),
             z=linear(u_BJD, w_z, b_z),
-            C=C_NQ.view(places.users, reach, -1),
+            C=C_BMQ,
         )
         added = bias if apart else None
         return self.scan_tail(projected, self.conv.weight, self.conv.bias, w_1BHT, places, added), u_BJD
@@ -302,16 +301,16 @@ class CrossSSD(StateSpace):
             places: where the rows lie.
             gap_S: what paces the scan, if anything does.
         """
-        users, count, _ = q_BJD.shape
+        count = q_BJD.shape[1]
         bias, apart = self.u_in_proj.bias, _apart(u_SD)
         xBdt_SC, u_BD = linear_and_rows(u_SD, self.u_in_proj.weight, None if apart else bias, places.last_B)
-        C_NQ, q_BD = linear_and_rows(
-            q_BJD.flatten(0, 1), self.q_in_proj.weight, self.q_in_proj.bias, places.ends(count, 1)
-        )
+        query = self.q_in_proj.weight, self.q_in_proj.bias
+        C_BJQ, q_B1D = linear_and_rows(q_BJD, *query, slice(count - 1, count))
+        q_BD = q_B1D.squeeze(1)
         projected = CrossProjections(
             xBdt=self.paced(xBdt_SC, gap_S),
             z=self.z_in_proj(q_BD + u_BD)[:, None],
-            C=C_NQ.view(users, count, -1),
+            C=C_BJQ,
         )
         added = bias if apart else None
         out_BD = self.scan_tail(projected, *self._convolution(), self._factor(stream_BHT), places, added).squeeze(1)

@@ -86,11 +86,6 @@ class Places:
         steps = torch.arange(1 - count, 1, device=self.last_B.device)
         return (self.last_B[:, None] + steps).clamp(min=0).flatten()
 
-    def ends(self, count: int, last: int) -> Tensor:
-        """Of `tails` of `count` places, flattened, the rows of the `last` ones of each user, [B last]."""
-        rows_BM = torch.arange(self.users * count, device=self.last_B.device).view(self.users, count)
-        return rows_BM[:, count - last :].flatten()
-
     def offsets_of(self, streams: int) -> Tensor | None:
         """The offsets of the sequences of n streams, one stream behind the other; None for a grid."""
         if self.offsets is None or self.slot_S is None or streams == 1:

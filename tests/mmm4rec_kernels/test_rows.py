@@ -189,6 +189,18 @@ def test_rows_beside_a_linear_layer_and_their_gradients():
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_places_beside_a_linear_layer_and_their_gradients():
+    x, weight, bias = torch.randn(3, 4, 6), torch.randn(11, 6), torch.randn(11)
+    results = []
+    for function in (linear_and_rows, lambda x, w, b, i: (F.linear(x, w, b), x[:, i])):
+        leaves = [t.clone().to(DEVICE).requires_grad_() for t in (x, weight, bias)]
+        y, rows = function(*leaves, slice(1, 3))
+        ((y * y).sum() + (rows**3).sum()).backward()
+        results.append([y, rows, *(t.grad for t in leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @by_kernel
 def test_the_fused_nadam_step_is_torchs():
     from mmm4rec_kernels.rows import fused

@@ -139,10 +139,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor | slice | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ctx.save_for_backward(x, weight, index)
-        return F.linear(x, weight, bias), None if index is None else x.index_select(0, index)
+        ctx.places = index if isinstance(index, slice) else None
+        ctx.save_for_backward(x, weight, None if ctx.places else index)
+        return F.linear(x, weight, bias), None if index is None else _picked(x, index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -150,8 +151,11 @@ class _Linear(torch.autograd.Function):
         x, weight, index = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1]).contiguous()
         d_x = (rows @ _turned(weight)).view(x.shape) if ctx.needs_input_grad[0] else None
-        if d_x is not None and index is not None and d_rows is not None:
-            d_x.index_add_(0, index, d_rows)
+        if d_x is not None and d_rows is not None:
+            if ctx.places is None:
+                d_x.index_add_(0, index, d_rows)
+            else:
+                d_x[:, ctx.places] += d_rows
         d_weight = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
         d_bias = ops.sum_rows(rows).to(weight.dtype) if ctx.needs_input_grad[2] else None
         return d_x, d_weight, d_bias, None
@@ -175,14 +179,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return result
 
 
+def _picked(x: torch.Tensor, index: torch.Tensor | slice) -> torch.Tensor:
+    return x[:, index].contiguous() if isinstance(index, slice) else x.index_select(0, index)
+
+
 def linear_and_rows(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor | slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear` of x [S, D], and the rows of x by an index [N] int64: their two gradients cost one pass.
 
-    A row that the index repeats may have a gradient other than 0 from one of its places alone.
+    A row that the index repeats may have a gradient other than 0 from one of its places alone. A slice takes places of
+    each sequence, of x [B, L, D].
     """
     if _as_torch(x):
-        return F.linear(x, weight, bias), x.index_select(0, index)
+        return F.linear(x, weight, bias), _picked(x, index)
     result: tuple[torch.Tensor, torch.Tensor] = _Linear.apply(x, weight, bias, index)  # type: ignore[no-untyped-call]
     return result
