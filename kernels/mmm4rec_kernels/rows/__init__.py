@@ -155,7 +155,7 @@ class _Linear(torch.autograd.Function):
             if ctx.places is None:
                 d_x.index_add_(0, index, d_rows)
             else:
-                d_x[:, ctx.places] += d_rows
+                d_x[:, ctx.places].add_(d_rows)
         d_weight = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
         d_bias = ops.sum_rows(rows).to(weight.dtype) if ctx.needs_input_grad[2] else None
         return d_x, d_weight, d_bias, None
