@@ -101,6 +101,43 @@ def test_the_block_of_packed_sequences_compiles(capability):
         assert capability != 90 or need.spilled <= {"block_forward": 24}.get(need.kernel, 0), need.kernel
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("length", [12, 20])
+def test_the_joined_backward_of_the_block_compiles(length, capability, monkeypatch):
+    from mmm4rec_kernels import ahead
+    from mmm4rec_kernels.block import ops, short
+
+    monkeypatch.setattr(ops, "JOINED", True)
+    monkeypatch.setattr(short, "KNOWN", 9)
+    H, E, GN = 8, 512, 512
+    tensors = (torch.empty(4, length, H), torch.empty(E + 2 * GN, 4), torch.empty(E + 2 * GN))
+    heads = [torch.empty(H) for _ in range(3)]
+    arguments = (torch.empty(4, length, 2 * E + 2 * GN + H), None, None, *tensors, *heads, torch.empty(E), None)
+
+    def both():
+        out, *saved = short.forward(*arguments, False, length, 8, 1e-12, True)
+        short.backward(out, out, *saved, *arguments, False, length, 8, True)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        needs = ahead.needs(both, capability)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [n.kernel for n in needs] == [
+        "block_steps",
+        "block_forward",
+        "row_products",
+        "joined_backward",
+        "ordered_sums",
+    ]
+    for need in needs:
+        assert need.registers <= 255
+        assert need.shared <= SHARED_LIMIT
+        # The walk reads what other threads stored: not through a cache that stores do not reach.
+        assert ".nc" not in need.assembly
+        assert capability != 90 or need.spilled <= {"joined_backward": 120}.get(need.kernel, 0), need.kernel
+
+
 @pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize("read", [1, 4])
 def test_the_tail_of_the_block_compiles(read, capability):

@@ -102,7 +102,7 @@ def ssd_block(
             norm_weight_E,
         )
         gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        several = several_in_a_tile(cu_seqlens is not None, longest, gradients)
+        several = several_in_a_tile(cu_seqlens is not None, longest, gradients, n_groups == heads)
         out, *_ = (short_forward if several else ssd_block_forward)(
             *tensors,
             lengths if cu_seqlens is None else cu_seqlens,

@@ -16,7 +16,8 @@ from mmm4rec_kernels.ssd.ops import chunks
 SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
 """Longest sequences for which several in one tile were faster on an H200: forward and backward together, so for packed
 ones, and forward alone."""
-
+JOINED = False
+"""Whether, where each head has a group of its own, unpacked sequences that fit a tile take `joined` backward."""
 
 TILE = 32
 """Places of a tile that holds several sequences. With 64 kernels need twice the registers: slower on an H100."""
@@ -34,9 +35,14 @@ def planned_tiles(rows: int, longest: int) -> int:
     return -(-rows // SEGMENT) * tiles
 
 
-def several_in_a_tile(packed: bool, longest: int, gradients: bool) -> bool:
-    """Whether the operator for short sequences takes a call; `gradients` if some are wanted."""
-    return longest <= (SHORT_PACKED if packed else SHORT if gradients else SHORT_FORWARD)
+def several_in_a_tile(packed: bool, longest: int, gradients: bool, own_groups: bool) -> bool:
+    """Whether the operator for short sequences takes a call.
+
+    `gradients` if some are wanted, `own_groups` if each head has a group of its own.
+    """
+    if packed:
+        return longest <= SHORT_PACKED
+    return longest <= (SHORT if gradients and not (JOINED and own_groups) else SHORT_FORWARD)
 
 
 @operator("mmm4rec_kernels::ssd_block")

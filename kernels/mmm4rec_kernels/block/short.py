@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mmm4rec_kernels.block import ops
 from mmm4rec_kernels.block.ops import SEGMENT, TILE, planned_tiles
 from mmm4rec_kernels.launch import kind, precision, processors, tile
 from mmm4rec_kernels.sums import sum_rows
@@ -41,6 +42,8 @@ FORWARD_REGISTERS = 80
 BACKWARD_REGISTERS = 168
 """At most so many for a thread, that more programs run side by side: the kernels wait for what they load and multiply,
 not for memory's width. Measured on an H100; with fewer they spill."""
+KNOWN = 33
+"""Unpacked sequences of so many places or more have kernels compiled for their length: fewer masks and idle rows."""
 COLUMNS = 512
 COLUMN_WARPS = 4
 COLUMN_PROGRAMS = 4
@@ -63,6 +66,17 @@ def sigmoid(v):
         return 1.0 / u
     else:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def wide(b):
+    """The tile as float32; two bfloat16 numbers of a word in one instruction each, where Triton takes two."""
+    if INTERPRETED or b.dtype != tl.bfloat16:
+        return b.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [b], dtype=tl.float32, is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -135,7 +149,19 @@ def is_empty(i_tile, p_places, rows, tiles):
 
 
 @triton.jit
-def places_of(i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE: tl.constexpr):
+def places_of(
+    i_tile,
+    o_l,
+    p_ends,
+    p_places,
+    rows,
+    tiles,
+    length,
+    per_tile,
+    magic,
+    MODE: tl.constexpr,
+    LENGTH: tl.constexpr = 0,
+):
     """First row of a tile, and for each place: is it written here, is it in a sequence, the place where that starts."""
     if MODE == PACKED:
         base = tl.load(p_places + rows + i_tile)
@@ -143,7 +169,18 @@ def places_of(i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magi
         o_first = tl.load(p_places + base + o_l, mask=m_out, other=-1)
         m_in = o_first >= 0
         o_first = tl.where(m_in, o_first - base, o_l)
+    elif o_l.shape[0] // 2 < LENGTH:
+        base = i_tile * LENGTH
+        m_out = o_l < LENGTH
+        o_first = o_l * 0
+        m_in = m_out
+        if MODE == LENGTHS:
+            m_in = m_out & (o_l < tl.load(p_ends + i_tile).to(tl.int32))
     else:
+        if LENGTH > 0:
+            length = LENGTH
+            per_tile = o_l.shape[0] // LENGTH
+            magic = 65536 // LENGTH + 1
         base = i_tile * (per_tile * length)
         o_seq = (o_l * magic) >> 16
         m_out = (o_seq < per_tile) & (o_l < rows - base)
@@ -264,19 +301,40 @@ def taps_of(p_weight, o_c, m_c, C: tl.constexpr, TAPS: tl.constexpr, BACK: tl.co
 def place_before(p_in, o_l, o_first, m_in, o_c, m_c, ROW: tl.constexpr, BACK: tl.constexpr):
     """Raw columns [BL, columns] of the place BACK places before each."""
     mask = (m_in & (o_l - BACK >= o_first))[:, None] & m_c[None, :]
-    return tl.load(p_in + (o_l - BACK)[:, None] * ROW + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    return wide(tl.load(p_in + (o_l - BACK)[:, None] * ROW + o_c[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def used(b, o_l, LENGTH: tl.constexpr):
+    """The tile, zero in the rows that hold no place: with a known length the compiler leaves their arithmetic out."""
+    if LENGTH > 0:
+        return tl.where((o_l < o_l.shape[0] // LENGTH * LENGTH)[:, None], b, 0.0)
+    else:
+        return b
 
 
 @triton.jit
 def convolve(
-    p_in, p_weight, p_bias, o_l, o_first, m_in, o_c, m_c, ROW: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr
+    p_in,
+    p_weight,
+    p_bias,
+    o_l,
+    o_first,
+    m_in,
+    o_c,
+    m_c,
+    ROW: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    LENGTH: tl.constexpr,
 ):
-    """The convolution before SiLU, [BL, columns]."""
+    """The convolution and SiLU, and the slope of SiLU, [BL, columns]."""
     b_sum = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     for back in tl.static_range(TAPS):
         b_in = place_before(p_in, o_l, o_first, m_in, o_c, m_c, ROW, back)
         b_sum += b_in * taps_of(p_weight, o_c, m_c, C, TAPS, back)[None, :]
-    return b_sum
+    b_gate = sigmoid(b_sum)
+    return used(b_sum * b_gate, o_l, LENGTH), used(b_gate * (1.0 + b_sum * (1.0 - b_gate)), o_l, LENGTH)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -312,6 +370,7 @@ def block_forward(
     X_AT: tl.constexpr,
     C_AT: tl.constexpr,
     MODE: tl.constexpr,
+    LENGTH: tl.constexpr,
     SKIP_DT: tl.constexpr,
     BL: tl.constexpr,
     BP: tl.constexpr,
@@ -325,7 +384,9 @@ def block_forward(
     i_h = tl.program_id(0)
     i_tile = tl.program_id(1)
     o_l = tl.arange(0, BL)
-    base, m_out, m_in, o_first = places_of(i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE)
+    base, m_out, m_in, o_first = places_of(
+        i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE, LENGTH
+    )
     if MODE == PACKED:
         if is_empty(i_tile, p_places, rows, tiles):
             return
@@ -333,8 +394,8 @@ def block_forward(
     p_z += first * ROW_Z
     p_x += first * ROW_X
     p_c += first * ROW_C
-    o_p = tl.arange(0, BP)
-    o_n = tl.arange(0, BN)
+    o_p = tl.max_contiguous(tl.arange(0, BP), 4)
+    o_n = tl.max_contiguous(tl.arange(0, BN), 4)
     m_p = o_p < P
     m_n = o_n < N
     at_x = i_h * P
@@ -345,24 +406,18 @@ def block_forward(
     p_steps += tl.cast(i_h, tl.int64) * rows + first
     p_B = p_x + X_AT + at_B
     p_C = p_c + C_AT + (at_B - E)
-    b_B = convolve(p_B, p_weight + at_B, p_bias + at_B, o_l, o_first, m_in, o_n, m_n, ROW_X, CHANNELS, TAPS)
-    b_C = convolve(p_C, p_weight + at_C, p_bias + at_C, o_l, o_first, m_in, o_n, m_n, ROW_C, CHANNELS, TAPS)
-    b_B *= sigmoid(b_B)
-    b_C *= sigmoid(b_C)
-    b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * decays(p_steps + plane, plane, o_l, o_first, m_out, BL)
+    b_B, _ = convolve(p_B, p_weight + at_B, p_bias + at_B, o_l, o_first, m_in, o_n, m_n, ROW_X, CHANNELS, TAPS, LENGTH)
+    b_C, _ = convolve(p_C, p_weight + at_C, p_bias + at_C, o_l, o_first, m_in, o_n, m_n, ROW_C, CHANNELS, TAPS, LENGTH)
     p_xh = p_x + X_AT + at_x
-    b_x = convolve(p_xh, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS)
-    b_x *= sigmoid(b_x)
-    b_writes = b_x * tl.load(p_steps + o_l, mask=m_in, other=0.0)[:, None]
+    b_x, _ = convolve(p_xh, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS, LENGTH)
+    b_step = tl.load(p_steps + o_l, mask=m_in, other=0.0)
     D = tl.load(p_D + i_h).to(tl.float32)
-    b_y = dot(b_M, b_writes, KIND, PRECISION)
-    if SKIP_DT:
-        b_y += D * b_writes
-    else:
-        b_y += D * b_x
+    b_decay = decays(p_steps + plane, plane, o_l, o_first, m_out, BL)
+    b_M = with_skip(dot(b_C, tl.trans(b_B), KIND, PRECISION) * b_decay, b_step, D, SKIP_DT, BL)
+    b_y = dot(b_M, b_x, KIND, PRECISION)
     b_z = tl.load(p_z + at_x + o_l[:, None] * ROW_Z + o_p[None, :], mask=m_in[:, None] & m_p[None, :], other=0.0)
-    b_z = b_z.to(tl.float32)
-    b_g = b_y * (b_z * sigmoid(b_z))
+    b_z = wide(b_z)
+    b_g = used(b_y * (b_z * sigmoid(b_z)), o_l, LENGTH)
     p_out += first * E
     p_scale += first
     p_squares += first * H
@@ -380,7 +435,7 @@ def block_forward(
         tl.store(p_scale + o_l, b_scale, mask=m_out)
         for h in tl.range(0, H, loop_unroll_factor=4):
             b_norm = tl.load(p_norm + h * P + o_p, mask=m_p, other=0.0).to(tl.float32)
-            b_g = tl.load(p_out + h * P + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+            b_g = wide(tl.load(p_out + h * P + o_tile, mask=m_tile, other=0.0))
             b_g = tl.where(m_in[:, None], b_g * b_scale[:, None] * b_norm[None, :], 0.0)
             tl.store(p_out + h * P + o_tile, b_g.to(p_out.dtype.element_ty), mask=m_tile)
 
@@ -392,9 +447,146 @@ def row_products(p_a, p_b, p_sum, rows, E: tl.constexpr, BR: tl.constexpr, BE: t
     o_e = tl.arange(0, BE)
     mask = (o_r < rows)[:, None] & (o_e < E)[None, :]
     o_at = o_r.to(tl.int64)[:, None] * E + o_e[None, :]
-    b_a = tl.load(p_a + o_at, mask=mask, other=0.0).to(tl.float32)
-    b_b = tl.load(p_b + o_at, mask=mask, other=0.0).to(tl.float32)
+    b_a = wide(tl.load(p_a + o_at, mask=mask, other=0.0))
+    b_b = wide(tl.load(p_b + o_at, mask=mask, other=0.0))
     tl.store(p_sum + o_r, tl.sum(b_a * b_b, 1) / E, mask=o_r < rows)
+
+
+@triton.jit
+def tile_backward(
+    i_h,
+    base,
+    o_l,
+    m_out,
+    m_in,
+    o_first,
+    p_z,
+    p_x,
+    p_c,
+    p_weight,
+    p_bias,
+    p_D,
+    p_norm,
+    p_steps,
+    p_scale,
+    p_products,
+    p_grad,
+    p_dz,
+    p_dx,
+    p_dB,
+    p_dC,
+    rows,
+    share,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROW_Z: tl.constexpr,
+    ROW_X: tl.constexpr,
+    ROW_C: tl.constexpr,
+    ROW_DZ: tl.constexpr,
+    ROW_DX: tl.constexpr,
+    ROW_DB: tl.constexpr,
+    ROW_DC: tl.constexpr,
+    X_AT: tl.constexpr,
+    C_AT: tl.constexpr,
+    DB_AT: tl.constexpr,
+    DC_AT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    SLOPED: tl.constexpr,
+    SKIP_DT: tl.constexpr,
+    BL: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of z and of the convolved columns of one head of a tile; with SLOPED, of those before SiLU.
+
+    Returned are what the tile adds to the gradients of the norm's weights [BP] and, place by place, of D, those of the
+    step sizes, the step sizes, and the gradients of the one-step logarithms.
+    """
+    E: tl.constexpr = H * P
+    CHANNELS: tl.constexpr = E + 2 * G * N
+    SHARES: tl.constexpr = H // G
+    i_g = i_h // SHARES
+    o_p = tl.max_contiguous(tl.arange(0, BP), 4)
+    o_n = tl.max_contiguous(tl.arange(0, BN), 4)
+    m_p = o_p < P
+    m_n = o_n < N
+    at_x = i_h * P
+    at_B = E + i_g * N
+    at_C = at_B + G * N
+    first = tl.cast(base, tl.int64)
+    p_x += first * ROW_X + X_AT
+    p_c += first * ROW_C + C_AT + (at_B - E)
+    p_dx += first * ROW_DX + X_AT + at_x
+    p_dB += (i_h % SHARES).to(tl.int64) * share + first * ROW_DB + DB_AT + i_g * N
+    p_dC += (i_h % SHARES).to(tl.int64) * share + first * ROW_DC + DC_AT + i_g * N
+    p_dz += first * ROW_DZ + at_x
+    plane = tl.cast(rows, tl.int64) * H
+    p_steps += tl.cast(i_h, tl.int64) * rows + first
+    m_x = m_in[:, None] & m_p[None, :]
+    m_x_out = m_out[:, None] & m_p[None, :]
+    m_n_out = m_out[:, None] & m_n[None, :]
+
+    b_B, slope_B = convolve(
+        p_x + at_B, p_weight + at_B, p_bias + at_B, o_l, o_first, m_in, o_n, m_n, ROW_X, CHANNELS, TAPS, LENGTH
+    )
+    b_C, slope_C = convolve(
+        p_c, p_weight + at_C, p_bias + at_C, o_l, o_first, m_in, o_n, m_n, ROW_C, CHANNELS, TAPS, LENGTH
+    )
+    if LENGTH > 0:
+        # Early, on its way with the other columns; where masks take registers too there are none left to hold it.
+        b_x, slope_x = convolve(
+            p_x + at_x, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS, LENGTH
+        )
+    b_decay = decays(p_steps + plane, plane, o_l, o_first, m_out, BL)
+    b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * b_decay
+    b_step = tl.load(p_steps + o_l, mask=m_in, other=0.0)
+    D = tl.load(p_D + i_h).to(tl.float32)
+    if LENGTH == 0:
+        b_x, slope_x = convolve(
+            p_x + at_x, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS, LENGTH
+        )
+    b_through = with_skip(b_M, b_step, D, SKIP_DT, BL)
+    b_y = dot(b_through, b_x, KIND, PRECISION)
+
+    b_z = tl.load(p_z + first * ROW_Z + at_x + o_l[:, None] * ROW_Z + o_p[None, :], mask=m_x, other=0.0)
+    b_z = wide(b_z)
+    b_gate = sigmoid(b_z)
+    b_grad = tl.load(p_grad + first * E + at_x + o_l[:, None] * E + o_p[None, :], mask=m_x, other=0.0)
+    b_grad = wide(b_grad)
+    b_scale = tl.load(p_scale + first + o_l, mask=m_in, other=0.0)[:, None]
+    b_mean = tl.load(p_products + first + o_l, mask=m_in, other=0.0)[:, None]
+    b_norm = tl.load(p_norm + at_x + o_p, mask=m_p, other=0.0).to(tl.float32)
+    b_normed = b_y * (b_z * b_gate) * b_scale
+    b_dnorm = tl.sum(b_grad * b_normed, 0)
+    b_dy = b_scale * (b_grad * b_norm[None, :] - b_normed * b_mean)
+    b_dz = b_dy * b_y * (b_gate * (1.0 + b_z * (1.0 - b_gate)))
+    b_dy = used(b_dy * (b_z * b_gate), o_l, LENGTH)
+    b_dz = used(b_dz, o_l, LENGTH)
+    tl.store(p_dz + o_l[:, None] * ROW_DZ + o_p[None, :], b_dz.to(p_dz.dtype.element_ty), mask=m_x_out)
+
+    # All that is summed over the head dim is in this product: gradients of steps, decays and skip are sums of it.
+    b_W = dot(b_dy, tl.trans(b_x), KIND, PRECISION)
+    b_dx = dot(tl.trans(b_through), b_dy, KIND, PRECISION)
+    if SLOPED:
+        b_dx *= slope_x
+    tl.store(p_dx + o_l[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_x_out)
+    b_ends, b_dstep, b_dskip = step_gradients(b_W, b_M, b_step, D, SKIP_DT, BL, KIND, PRECISION)
+    b_da = tl.cumsum(b_ends, 0, reverse=True).to(tl.float32)
+    b_W *= b_decay * b_step[None, :]
+    b_dC = dot(b_W, b_B, KIND, PRECISION)
+    if SLOPED:
+        b_dC *= slope_C
+    tl.store(p_dC + o_l[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
+    b_dB = dot(tl.trans(b_W), b_C, KIND, PRECISION)
+    if SLOPED:
+        b_dB *= slope_B
+    tl.store(p_dB + o_l[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
+    return b_dnorm, b_dskip, b_dstep, b_step, b_da
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -441,6 +633,7 @@ def block_backward(
     DB_AT: tl.constexpr,
     DC_AT: tl.constexpr,
     MODE: tl.constexpr,
+    LENGTH: tl.constexpr,
     SKIP_DT: tl.constexpr,
     BL: tl.constexpr,
     BP: tl.constexpr,
@@ -449,87 +642,80 @@ def block_backward(
     PRECISION: tl.constexpr,
 ):
     E: tl.constexpr = H * P
-    CHANNELS: tl.constexpr = E + 2 * G * N
-    SHARES: tl.constexpr = H // G
     i_h = tl.program_id(0)
     i_tile = tl.program_id(1)
-    i_g = i_h // SHARES
     o_l = tl.arange(0, BL)
     o_p = tl.arange(0, BP)
-    o_n = tl.arange(0, BN)
-    m_p = o_p < P
-    m_n = o_n < N
-    at_x = i_h * P
-    at_B = E + i_g * N
-    at_C = at_B + G * N
-    base, m_out, m_in, o_first = places_of(i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE)
+    base, m_out, m_in, o_first = places_of(
+        i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE, LENGTH
+    )
     p_sums += i_tile.to(tl.int64) * (E + 3 * H)
+    p_norms = p_sums + i_h * P + o_p
     if MODE == PACKED:
         if is_empty(i_tile, p_places, rows, tiles):
-            tl.store(p_sums + at_x + o_p, tl.zeros([BP], tl.float32), mask=m_p)
+            tl.store(p_norms, tl.zeros([BP], tl.float32), mask=o_p < P)
             tl.store(p_sums + E + i_h, 0.0)
             return
-    first = tl.cast(base, tl.int64)
-    p_x += first * ROW_X + X_AT
-    p_c += first * ROW_C + C_AT + (at_B - E)
-    p_dx += first * ROW_DX + X_AT + at_x
-    p_dB += (i_h % SHARES).to(tl.int64) * share + first * ROW_DB + DB_AT + i_g * N
-    p_dC += (i_h % SHARES).to(tl.int64) * share + first * ROW_DC + DC_AT + i_g * N
-    p_dz += first * ROW_DZ + at_x
-    plane = tl.cast(rows, tl.int64) * H
-    p_steps += tl.cast(i_h, tl.int64) * rows + first
-    p_dsteps += tl.cast(i_h, tl.int64) * rows + first
-    m_x = m_in[:, None] & m_p[None, :]
-    m_x_out = m_out[:, None] & m_p[None, :]
-    m_n_out = m_out[:, None] & m_n[None, :]
-
-    b_B = convolve(p_x + at_B, p_weight + at_B, p_bias + at_B, o_l, o_first, m_in, o_n, m_n, ROW_X, CHANNELS, TAPS)
-    b_C = convolve(p_c, p_weight + at_C, p_bias + at_C, o_l, o_first, m_in, o_n, m_n, ROW_C, CHANNELS, TAPS)
-    b_B *= sigmoid(b_B)
-    b_C *= sigmoid(b_C)
-    b_decay = decays(p_steps + plane, plane, o_l, o_first, m_out, BL)
-    b_M = dot(b_C, tl.trans(b_B), KIND, PRECISION) * b_decay
-    b_step = tl.load(p_steps + o_l, mask=m_in, other=0.0)
-    D = tl.load(p_D + i_h).to(tl.float32)
-    b_x = convolve(p_x + at_x, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS)
-    b_x *= sigmoid(b_x)
-    b_through = with_skip(b_M, b_step, D, SKIP_DT, BL)
-    b_y = dot(b_through, b_x, KIND, PRECISION)
-
-    b_z = tl.load(p_z + first * ROW_Z + at_x + o_l[:, None] * ROW_Z + o_p[None, :], mask=m_x, other=0.0)
-    b_z = b_z.to(tl.float32)
-    b_gate = sigmoid(b_z)
-    b_grad = tl.load(p_grad + first * E + at_x + o_l[:, None] * E + o_p[None, :], mask=m_x, other=0.0)
-    b_grad = b_grad.to(tl.float32)
-    b_scale = tl.load(p_scale + first + o_l, mask=m_in, other=0.0)[:, None]
-    b_mean = tl.load(p_products + first + o_l, mask=m_in, other=0.0)[:, None]
-    b_norm = tl.load(p_norm + at_x + o_p, mask=m_p, other=0.0).to(tl.float32)
-    b_normed = b_y * (b_z * b_gate) * b_scale
-    tl.store(p_sums + at_x + o_p, tl.sum(b_grad * b_normed, 0), mask=m_p)
-    b_dy = b_scale * (b_grad * b_norm[None, :] - b_normed * b_mean)
-    b_dz = b_dy * b_y * (b_gate * (1.0 + b_z * (1.0 - b_gate)))
-    b_dy *= b_z * b_gate
-    tl.store(p_dz + o_l[:, None] * ROW_DZ + o_p[None, :], b_dz.to(p_dz.dtype.element_ty), mask=m_x_out)
-
-    # All that is summed over the head dim is in this product: gradients of steps, decays and skip are sums of it.
-    b_W = dot(b_dy, tl.trans(b_x), KIND, PRECISION)
-    b_dx = dot(tl.trans(b_through), b_dy, KIND, PRECISION)
-    tl.store(p_dx + o_l[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_x_out)
-    b_ends, b_dstep, b_dskip = step_gradients(b_W, b_M, b_step, D, SKIP_DT, BL, KIND, PRECISION)
+    b_dnorm, b_dskip, b_dstep, _, b_da = tile_backward(
+        i_h,
+        base,
+        o_l,
+        m_out,
+        m_in,
+        o_first,
+        p_z,
+        p_x,
+        p_c,
+        p_weight,
+        p_bias,
+        p_D,
+        p_norm,
+        p_steps,
+        p_scale,
+        p_products,
+        p_grad,
+        p_dz,
+        p_dx,
+        p_dB,
+        p_dC,
+        rows,
+        share,
+        H,
+        P,
+        N,
+        G,
+        TAPS,
+        ROW_Z,
+        ROW_X,
+        ROW_C,
+        ROW_DZ,
+        ROW_DX,
+        ROW_DB,
+        ROW_DC,
+        X_AT,
+        C_AT,
+        DB_AT,
+        DC_AT,
+        LENGTH,
+        False,
+        SKIP_DT,
+        BL,
+        BP,
+        BN,
+        KIND,
+        PRECISION,
+    )
+    tl.store(p_norms, b_dnorm, mask=o_p < P)
     store_sum(p_sums + E + i_h, b_dskip)
+    p_dsteps += tl.cast(i_h, tl.int64) * rows + base
     tl.store(p_dsteps + o_l, b_dstep, mask=m_out)
-    tl.store(p_dsteps + plane + o_l, tl.cumsum(b_ends, 0, reverse=True).to(tl.float32), mask=m_out)
-    b_W *= b_decay * b_step[None, :]
-    b_dC = dot(b_W, b_B, KIND, PRECISION)
-    tl.store(p_dC + o_l[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
-    b_dB = dot(tl.trans(b_W), b_C, KIND, PRECISION)
-    tl.store(p_dB + o_l[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
+    tl.store(p_dsteps + tl.cast(rows, tl.int64) * H + o_l, b_da, mask=m_out)
 
 
 @triton.jit
 def row_at(p, t, o_c, m_c, inside, ROW: tl.constexpr):
     """Columns of one row, zero if that is not inside."""
-    return tl.load(p + t * ROW + o_c, mask=m_c & inside, other=0.0).to(tl.float32)
+    return wide(tl.load(p + t * ROW + o_c, mask=m_c & inside, other=0.0))
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -713,6 +899,11 @@ def _tiling(projected: torch.Tensor, ends: torch.Tensor | None, packed: bool, lo
     return where | {"tiles": triton.cdiv(batch, per_tile), "per_tile": per_tile, "MODE": 0 if ends is None else 1}
 
 
+def _known(where: dict[str, int]) -> int:
+    """Places of a sequence if kernels are compiled for them, else 0."""
+    return where["length"] if where["per_tile"] and where["length"] >= KNOWN else 0
+
+
 def _layout(width: int, states: int, crossing: bool) -> tuple[int, int]:
     """Columns at which x and C start inside their tensors."""
     return (0, 0) if crossing else (width, 2 * width + states)
@@ -848,6 +1039,7 @@ def forward(
         ROW_C=C.stride(1),
         X_AT=x_at,
         C_AT=C_at,
+        LENGTH=_known(where),
         SKIP_DT=skip_dt,
         BP=tile(width // heads),
         BN=tile(states // groups),
@@ -921,6 +1113,23 @@ def backward(
     columns = triton.next_power_of_2(width)
     block = max(1, 2048 // columns)
     row_products[(triton.cdiv(rows, block),)](grad, out, products, rows, E=width, BR=block, BE=columns, num_warps=4)
+    if ops.JOINED and shares == 1 and not packed:
+        from mmm4rec_kernels.block import joined
+
+        flat = joined.backward(
+            (z_in, projected, C_in),
+            factor,
+            turned,
+            (bias, A_log, D, dt_bias, norm),
+            ends,
+            (steps, scale, products, grad),
+            (d_z, d_projected, d_C, d_factor),
+            where,
+            (x_at, C_at),
+            _known(where),
+            skip_dt,
+        )
+        return d_projected, d_z_out, d_C_out, d_factor, flat
     block_backward[(heads, tiles)](
         z_in,
         projected,
@@ -959,6 +1168,7 @@ def backward(
         C_AT=C_at,
         DB_AT=where_B,
         DC_AT=where_C,
+        LENGTH=_known(where),
         SKIP_DT=skip_dt,
         BP=tile(width // heads),
         BN=tile(states // groups),
