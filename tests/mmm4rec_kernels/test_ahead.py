@@ -46,13 +46,14 @@ def test_the_block_at_published_sizes_compiles(capability):
         assert need.spilled <= {"scan_forward": 64, "scan_backward": 160}.get(need.kernel, 0), need.kernel
 
 
+@pytest.mark.parametrize("batch", [2, 64])
 @pytest.mark.parametrize("capability", [86, 90, 100])
-def test_the_scan_of_long_sequences_compiles(capability):
+def test_the_scan_of_long_sequences_compiles(capability, batch):
     from mmm4rec_kernels import ahead
     from mmm4rec_kernels.ssd import fused
 
-    tensors = [torch.empty(2, 200, 8, 64) for _ in range(3)]
-    steps, per_head = torch.empty(2, 200, 8), torch.empty(8)
+    tensors = [torch.empty(batch, 200, 8, 64) for _ in range(3)]
+    steps, per_head = torch.empty(batch, 200, 8), torch.empty(8)
     x, B, C = tensors
     arguments = (x, steps, per_head, B, C, per_head, per_head, None, None, False, 200, True, None, True)
 
@@ -65,12 +66,13 @@ def test_the_scan_of_long_sequences_compiles(capability):
         needs = ahead.needs(both, capability)
     finally:
         torch.set_float32_matmul_precision("highest")
-    names = ["chunk_writes", "walk", "scan_forward", "chunk_writes", "walk", "scan_backward"]
+    cut = ["segment_writes", "walk"] if batch == 2 else []
+    names = [*cut, "segment_forward", *cut, "segment_backward"]
     assert [need.kernel for need in needs if need.kernel != "ordered_sums"] == names
     for need in needs:
         assert need.registers <= 255
         assert need.shared <= SHARED_LIMIT
-        assert need.spilled <= {"scan_forward": 64, "scan_backward": 640}.get(need.kernel, 0), need.kernel
+        assert need.spilled <= {"segment_forward": 288, "segment_backward": 1088}.get(need.kernel, 0), need.kernel
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

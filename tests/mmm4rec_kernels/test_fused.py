@@ -127,6 +127,24 @@ def test_scan_of_packed_sequences(scan_inputs):
     agree(ssd, inputs, cu_seqlens=torch.tensor([0, 70, 70, 80], device=DEVICE), return_final_states=True)
 
 
+@pytest.mark.parametrize("programs", [1, 12])
+@pytest.mark.parametrize("packed", [False, True])
+def test_scan_of_one_segment_and_of_several(scan_inputs, monkeypatch, programs, packed):
+    from mmm4rec_kernels.ssd import fused
+
+    monkeypatch.setattr(fused, "PROGRAMS", programs)
+    given = {"initial_states": torch.randn(3, 2, 10, 16), "D": torch.randn(2, 10)}
+    inputs = scan(scan_inputs, 1 if packed else 3, 300, heads=2, width=10, groups=1, extreme=True) | given
+    if packed:
+        where = {"cu_seqlens": torch.tensor([0, 260, 260, 300], device=DEVICE)}
+    else:
+        where = {"lengths": torch.tensor([300, 0, 130], device=DEVICE)}
+    agree(ssd, inputs, return_final_states=True, **where)
+    inputs = {k: t.to(DEVICE) for k, t in inputs.items()}
+    kept = ssd(**{k: t.clone().requires_grad_() for k, t in inputs.items()}, backend="triton", **where)
+    assert torch.equal(ssd(**inputs, backend="triton", **where), kept)
+
+
 def test_scan_reads_nothing_behind_the_end(scan_inputs):
     inputs = {k: t.to(DEVICE) for k, t in scan(scan_inputs, 2, 20, heads=2, groups=2).items()}
     lengths = torch.tensor([4, 20], device=DEVICE)
@@ -475,7 +493,7 @@ def test_operators_are_well_formed(scan_inputs):
     s = {k: t.to(DEVICE).requires_grad_() for k, t in scan(scan_inputs, 1, 3, heads=1, groups=1).items()}
     arguments = (s["x"], s["dt"], s["A"], s["B"], s["C"], s["D"], s["dt_bias"], None, None, False, 3, True, None)
     for want_final in (False, True):
-        checked(scan_forward, (*arguments, True, want_final))
+        checked(scan_forward, (*arguments, True, want_final, True))
     b = {k: t.to(DEVICE).requires_grad_() for k, t in block_inputs("self", 1, 3).items()}
     names = ("conv_weight_CK", "conv_bias_C", "A_log_H", "D_H", "dt_bias_H", "norm_weight_E")
     tensors = (b["projected"], None, None, b["time_factor_BLH"], *(b[k] for k in names))

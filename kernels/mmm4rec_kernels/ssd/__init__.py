@@ -121,6 +121,8 @@ def ssd(
     known = x.shape[1] if cu_seqlens is None else max_length
     chosen = choose("ssd", backend, x, fits=not why, unfit=why, length=known)
     if chosen == "triton":
+        tensors = (x, dt, A, B, C, D, dt_bias, initial_states)
+        gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y, _, last = scan_forward(
             _rows(x),
             dt,
@@ -137,6 +139,7 @@ def ssd(
             None if dt_limit is None else list(dt_limit),
             skip == "dt_x",
             return_final_states,
+            gradients,
         )
         return (y, last) if return_final_states else y
     final: torch.Tensor | None

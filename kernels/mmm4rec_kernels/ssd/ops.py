@@ -68,13 +68,14 @@ def scan_forward(
     limit: list[float] | None,
     skip_dt: bool,
     want_final: bool,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Y [B, L, H, P], kept states [B, H, K, P, N] and last states [B, H, P, N]; arguments as in `fused.forward`."""
+    """Y [B, L, H, P], states [B, H, K, P, N] with `keep`, last states [B, H, P, N]; arguments as in `fused.forward`."""
     from mmm4rec_kernels.ssd import fused
 
     low_high = None if limit is None else (limit[0], limit[1])
     return fused.forward(
-        x, dt, A, B, C, D, bias, initial, ends, packed, longest, softplus, low_high, skip_dt, want_final
+        x, dt, A, B, C, D, bias, initial, ends, packed, longest, softplus, low_high, skip_dt, want_final, None, keep
     )
 
 
@@ -95,11 +96,12 @@ def _forward_shapes(
     limit: list[float] | None,
     skip_dt: bool,
     want_final: bool,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sequences = ends.shape[0] - 1 if packed and ends is not None else x.shape[0]
     states = (sequences, x.shape[2], x.shape[3], B.shape[3])
     count = chunks(longest, *states[2:])
-    keep = count > 1 or initial is not None or want_final
+    keep = keep and (count > 1 or initial is not None or want_final)
     return (
         x.new_empty(x.shape),
         x.new_empty((*states[:2], count, *states[2:]) if keep else (0,), dtype=torch.float32),
@@ -193,7 +195,7 @@ def _backward(
     states, *tensors = ctx.saved_tensors
     x, _dt, A, _B, _C, D, bias, initial, _ends = tensors
     if grad is None and grad_final is None:
-        return (None,) * 15
+        return (None,) * 16
     if grad is None:
         grad = torch.zeros_like(x)
     if grad_final is not None and grad_final.numel() == 0:
@@ -211,7 +213,7 @@ def _backward(
         d_D,
         None if bias is None else sums[1].to(bias.dtype),
         None if initial is None else d_initial.to(initial.dtype),
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 
