@@ -81,15 +81,18 @@ def softplus(v):
 
 
 @triton.jit
-def sigmoid(v):
-    """1 / (1 + e^-v); the reciprocal to one unit in the last place, a sixth of the instructions of a division."""
-    u = 1.0 + tl.exp2(v * -LOG2E)
+def reciprocal(v):
+    """1 / v to one unit in the last place, a sixth of the instructions of a division."""
     if INTERPRETED:
-        return 1.0 / u
+        return 1.0 / v
     else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + e^-v)."""
+    return reciprocal(1.0 + exp2(v * -LOG2E))
 
 
 @triton.jit

@@ -17,17 +17,40 @@ import triton
 import triton.language as tl
 
 from mmm4rec_kernels.sums import summed
-from mmm4rec_kernels.tiles import sigmoid
+from mmm4rec_kernels.tiles import INTERPRETED, LOG2E, exp2, reciprocal, sigmoid
 
 STAGE = {"BR": 16, "num_warps": 4}
 FILTER = {"BR": 32, "num_warps": 2}
 """Rows and warps of a program; twice as quick backward as 64 rows with 4 warps (H100)."""
-EXACT = tl.constexpr("tf32x3")
 
 
 @triton.jit
-def mul(a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+def halves(b):
+    """A float32 tile as its nearest TF32 numbers and the rest."""
+    b_high = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_high, b - b_high
+
+
+@triton.jit
+def mul(a, b):
+    """About the float32 product: the three largest of the four products of TF32 parts, with less ado than "tf32x3"."""
+    if INTERPRETED:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        a_high, a_low = halves(a)
+        b_high, b_low = halves(b)
+        b_sum = tl.dot(a_low, b_high, input_precision="tf32")
+        b_sum = tl.dot(a_high, b_low, b_sum, input_precision="tf32")
+        return tl.dot(a_high, b_high, b_sum, input_precision="tf32")
+
+
+@triton.jit
+def once(b):
+    """The tile as it is, but computed once: not again in every register layout in which a product wants it."""
+    if INTERPRETED:
+        return b
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -46,16 +69,19 @@ def tanhshrink(v):
     b_near = -17.0 / 315.0 + s * b_near
     b_near = 2.0 / 15.0 + s * b_near
     b_near = -1.0 / 3.0 + s * b_near
-    b_e = tl.exp(-2.0 * tl.abs(v))
-    b_tanh = (1.0 - b_e) / (1.0 + b_e)
+    b_e = exp2(tl.abs(v) * (-2.0 * LOG2E))
+    b_tanh = (1.0 - b_e) * reciprocal(1.0 + b_e)
     return tl.where(s < 0.25, -s * v * b_near, v - tl.where(v < 0.0, -b_tanh, b_tanh))
 
 
 @triton.jit
-def kept(p_seed, o_element, p):
-    """Which elements dropout keeps, times 1 / (1 - p)."""
-    b_random = tl.rand(tl.load(p_seed), o_element.to(tl.int32))
-    return tl.where(b_random >= p, 1.0 / (1.0 - p), 0.0)
+def kept(p_seed, o_row, p, BT: tl.constexpr):
+    """Which elements of rows o_row dropout keeps [BR, BT], times 1 / (1 - p); four neighbours share a draw."""
+    o_draw = o_row.to(tl.int32)[:, None] * (BT // 4) + tl.arange(0, BT // 4)[None, :]
+    b_0, b_1, b_2, b_3 = tl.randint4x(tl.load(p_seed), o_draw)
+    b_random = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)).reshape(o_row.shape[0], BT).to(tl.int32, bitcast=True)
+    least = tl.cast(p * 4294967296.0 - 2147483648.0, tl.int32)
+    return once(tl.where(b_random >= least, 1.0 / (1.0 - p), 0.0))
 
 
 @triton.jit
@@ -90,12 +116,15 @@ def store_square(p_sum, b_sum, T: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
-def store_taps(p_sum, b_sum, T: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+def store_taps(p_sum, b_sum, T: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     """From the gradient of a banded matrix that of its taps: sums along its diagonals."""
-    o_t = tl.arange(0, BT)
-    back = o_t[None, :] - o_t[:, None]
-    for k in tl.static_range(K):
-        tl.store(p_sum + k, tl.sum(tl.sum(tl.where(back == K - 1 - k, b_sum, 0.0), 1), 0))
+    o_t = tl.arange(0, BT)[:, None]
+    o_k = tl.arange(0, BK)[None, :]
+    at = o_t + K - 1 - o_k
+    m_k = o_k < K
+    b_taps = tl.gather(b_sum, tl.where(m_k & (at < BT), at, 0), 1)
+    b_taps = tl.sum(tl.where(m_k & (at < T), b_taps, 0.0), 0)
+    tl.store(p_sum + tl.arange(0, BK), b_taps, mask=tl.arange(0, BK) < K)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -126,7 +155,6 @@ def stage_forward(
     H: tl.constexpr,
     T: tl.constexpr,
     K: tl.constexpr,
-    PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -137,15 +165,16 @@ def stage_forward(
     mask = (o_r < rows)[:, None] & m_t
     b_r = tl.load(p_r + o_r.to(tl.int64)[:, None] * r_row + i_h * r_head + o_t[None, :], mask=mask, other=0.0)
     b_r = b_r.to(tl.float32)
-    o_element = (o_r.to(tl.int64) * H + i_h)[:, None] * T + o_t[None, :]
+    o_row = o_r.to(tl.int64) * H + i_h
+    o_element = o_row[:, None] * T + o_t[None, :]
     b_in = b_r
     if p_seed is not None:
-        b_in = b_r * kept(p_seed, o_element, p)
-    b_a = mul(b_in, square(p_w1, T, T, BT), PRECISION) + line(p_b1, 1, T, BT)[None, :]
-    b_f = mul(b_a * sigmoid(b_a), square(p_w2, T, T, BT), PRECISION) + line(p_b2, 1, T, BT)[None, :]
-    b_u = mul(tanhshrink(b_f) * b_r, banded(p_c1, i_h, T, K, BT), PRECISION) + tl.load(p_d1 + i_h).to(tl.float32)
+        b_in = b_r * kept(p_seed, o_row, p, BT)
+    b_a = mul(b_in, square(p_w1, T, T, BT)) + line(p_b1, 1, T, BT)[None, :]
+    b_f = mul(b_a * sigmoid(b_a), square(p_w2, T, T, BT)) + line(p_b2, 1, T, BT)[None, :]
+    b_u = mul(tanhshrink(b_f) * b_r, banded(p_c1, i_h, T, K, BT)) + tl.load(p_d1 + i_h).to(tl.float32)
     b_y = tl.where(m_t, b_u * sigmoid(b_u), 0.0)
-    b_v = mul(b_y, banded(p_c2, i_h, T, K, BT), PRECISION) + tl.load(p_d2 + i_h).to(tl.float32)
+    b_v = mul(b_y, banded(p_c2, i_h, T, K, BT)) + tl.load(p_d2 + i_h).to(tl.float32)
     size = tl.cast(rows, tl.int64) * (H * T)
     tl.store(p_kept + o_element, b_a, mask=mask)
     tl.store(p_kept + size + o_element, b_f, mask=mask)
@@ -156,11 +185,15 @@ def stage_forward(
     if GATES > 0:
         b_in = b_r
         if p_seed is not None:
-            b_in = b_r * kept(p_seed, o_element + rows * (H * T), p)
-        step = T if GATES > 1 else 0
-        unit = 1 if GATES > 1 else 0
-        b_gate = sigmoid(mul(b_in, square(p_wg, step, T, BT), PRECISION) + line(p_bg, unit, T, BT)[None, :])
-        tl.store(p_kept + 4 * size + o_element, b_gate, mask=mask)
+            b_in = b_r * kept(p_seed, o_row + rows * H, p, BT)
+        if GATES > 1:
+            b_gate = sigmoid(mul(b_in, square(p_wg, T, T, BT)) + line(p_bg, 1, T, BT)[None, :])
+            tl.store(p_kept + 4 * size + o_element, b_gate, mask=mask)
+        else:
+            b_gate = tl.sum(b_in * line(p_wg, 1, T, BT)[None, :], 1) + tl.load(p_bg).to(tl.float32)
+            b_gate = sigmoid(b_gate)
+            tl.store(p_kept + 4 * size + o_row, b_gate, mask=o_r < rows)
+            b_gate = b_gate[:, None]
         b_n = tl.where(m_t, b_w + b_gate * (b_r - b_w), 0.0)
         b_centred = tl.where(m_t, b_n - (tl.sum(b_n, 1) / T)[:, None], 0.0)
         b_scale = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, 1) / T + eps)
@@ -196,9 +229,9 @@ def stage_backward(
     H: tl.constexpr,
     T: tl.constexpr,
     K: tl.constexpr,
-    PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
+    BK: tl.constexpr,
 ):
     i_h = tl.program_id(1)
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -208,21 +241,22 @@ def stage_backward(
     p_sums += (tl.program_id(0) * H + i_h).to(tl.int64) * SUMS
     b_r = tl.load(p_r + o_r.to(tl.int64)[:, None] * r_row + i_h * r_head + o_t[None, :], mask=mask, other=0.0)
     b_r = b_r.to(tl.float32)
-    o_element = (o_r.to(tl.int64) * H + i_h)[:, None] * T + o_t[None, :]
+    o_row = o_r.to(tl.int64) * H + i_h
+    o_element = o_row[:, None] * T + o_t[None, :]
     b_in = b_r
     if p_seed is not None:
-        b_keep = kept(p_seed, o_element, p)
-        b_in = b_r * b_keep
+        b_keep = kept(p_seed, o_row, p, BT)
+        b_in = once(b_r * b_keep)
     b_w1, b_w2 = square(p_w1, T, T, BT), square(p_w2, T, T, BT)
     b_c1, b_c2 = banded(p_c1, i_h, T, K, BT), banded(p_c2, i_h, T, K, BT)
     size = tl.cast(rows, tl.int64) * (H * T)
     b_a = tl.load(p_kept + o_element, mask=mask, other=0.0)
-    b_s = b_a * sigmoid(b_a)
+    b_s = once(b_a * sigmoid(b_a))
     b_f = tl.load(p_kept + size + o_element, mask=mask, other=0.0)
-    b_g = tanhshrink(b_f)
-    b_x = b_g * b_r
+    b_g = once(tanhshrink(b_f))
+    b_x = once(b_g * b_r)
     b_u = tl.load(p_kept + 2 * size + o_element, mask=mask, other=0.0)
-    b_y = b_u * sigmoid(b_u)
+    b_y = once(b_u * sigmoid(b_u))
     b_v = tl.load(p_kept + 3 * size + o_element, mask=mask, other=0.0)
     b_dw = tl.zeros([BR, BT], tl.float32)
     if p_dw is not None:
@@ -233,11 +267,12 @@ def stage_backward(
         p_gate = p_sums + 2 * T * T + 2 * T + 2 * K + 2
         b_through = b_r
         if p_seed is not None:
-            b_pass = kept(p_seed, o_element + rows * (H * T), p)
-            b_through = b_r * b_pass
-        step = T if GATES > 1 else 0
-        b_wg = square(p_wg, step, T, BT)
-        b_gate = tl.load(p_kept + 4 * size + o_element, mask=mask, other=0.0)
+            b_pass = kept(p_seed, o_row + rows * H, p, BT)
+            b_through = once(b_r * b_pass)
+        if GATES > 1:
+            b_gate = tl.load(p_kept + 4 * size + o_element, mask=mask, other=0.0)
+        else:
+            b_gate = tl.load(p_kept + 4 * size + o_row, mask=o_r < rows, other=0.0)[:, None]
         b_w = b_v * sigmoid(b_v)
         b_n = tl.where(m_t, b_w + b_gate * (b_r - b_w), 0.0)
         b_centred = tl.where(m_t, b_n - (tl.sum(b_n, 1) / T)[:, None], 0.0)
@@ -253,35 +288,37 @@ def stage_backward(
         b_dw += b_dn * (1.0 - b_gate)
         b_dr += b_dn * b_gate
         b_dz = b_dn * (b_r - b_w) * b_gate * (1.0 - b_gate)
-        b_sum = mul(tl.trans(b_through), b_dz, PRECISION)
         if GATES > 1:
-            store_square(p_gate, b_sum, T, BT)
+            b_dz = once(b_dz)
+            store_square(p_gate, mul(tl.trans(b_through), b_dz), T, BT)
             tl.store(p_gate + T * T + o_t, tl.sum(b_dz, 0), mask=o_t < T)
+            b_back = mul(b_dz, tl.trans(square(p_wg, T, T, BT)))
         else:
-            tl.store(p_gate + o_t, tl.sum(b_sum, 1), mask=o_t < T)
-            tl.store(p_gate + T, tl.sum(tl.sum(b_dz, 1), 0))
-        b_back = mul(b_dz, tl.trans(b_wg), PRECISION)
+            b_dz = tl.sum(b_dz, 1)
+            tl.store(p_gate + o_t, tl.sum(b_through * b_dz[:, None], 0), mask=o_t < T)
+            tl.store(p_gate + T, tl.sum(b_dz, 0))
+            b_back = b_dz[:, None] * line(p_wg, 1, T, BT)[None, :]
         if p_seed is not None:
             b_back *= b_pass
         b_dr += b_back
     p_rest = p_sums + 2 * T * T
-    b_dv = b_dw * silu_slope(b_v)
-    store_taps(p_rest + 2 * T + K + 1, mul(tl.trans(b_y), b_dv, PRECISION), T, K, BT)
+    b_dv = once(b_dw * silu_slope(b_v))
+    store_taps(p_rest + 2 * T + K + 1, mul(tl.trans(b_y), b_dv), T, K, BT, BK)
     tl.store(p_rest + 2 * T + 2 * K + 1, tl.sum(tl.sum(b_dv, 1), 0))
-    b_du = mul(b_dv, tl.trans(b_c2), PRECISION) * silu_slope(b_u)
-    b_du = tl.where(m_t, b_du, 0.0)
-    store_taps(p_rest + 2 * T, mul(tl.trans(b_x), b_du, PRECISION), T, K, BT)
+    b_du = mul(b_dv, tl.trans(b_c2)) * silu_slope(b_u)
+    b_du = once(tl.where(m_t, b_du, 0.0))
+    store_taps(p_rest + 2 * T, mul(tl.trans(b_x), b_du), T, K, BT, BK)
     tl.store(p_rest + 2 * T + K, tl.sum(tl.sum(b_du, 1), 0))
-    b_dx = mul(b_du, tl.trans(b_c1), PRECISION)
+    b_dx = mul(b_du, tl.trans(b_c1))
     b_dr += b_dx * b_g
     b_tanh = b_f - b_g
-    b_df = b_dx * b_r * b_tanh * b_tanh
-    store_square(p_sums + T * T, mul(tl.trans(b_s), b_df, PRECISION), T, BT)
+    b_df = once(b_dx * b_r * b_tanh * b_tanh)
+    store_square(p_sums + T * T, mul(tl.trans(b_s), b_df), T, BT)
     tl.store(p_rest + T + o_t, tl.sum(b_df, 0), mask=o_t < T)
-    b_da = mul(b_df, tl.trans(b_w2), PRECISION) * silu_slope(b_a)
-    store_square(p_sums, mul(tl.trans(b_in), b_da, PRECISION), T, BT)
+    b_da = once(mul(b_df, tl.trans(b_w2)) * silu_slope(b_a))
+    store_square(p_sums, mul(tl.trans(b_in), b_da), T, BT)
     tl.store(p_rest + o_t, tl.sum(b_da, 0), mask=o_t < T)
-    b_back = mul(b_da, tl.trans(b_w1), PRECISION)
+    b_back = mul(b_da, tl.trans(b_w1))
     if p_seed is not None:
         b_back *= b_keep
     tl.store(p_dr + o_element, b_dr + b_back, mask=mask)
@@ -294,11 +331,19 @@ def waves(T: tl.constexpr, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
     o_f = tl.arange(0, BF)
     turn = (o_t[:, None] * o_f[None, :]) % T
     mask = (o_t < T)[:, None] & (o_f < F)[None, :]
-    b_angle = turn.to(tl.float32) * (6.283185307179586 / T)
+    # The nearest quarter of a turn, and series of what is left: at most an eighth.
+    quarter = (8 * turn + T) // (2 * T)
+    v = (4 * turn - quarter * T).to(tl.float32) * (1.5707963267948966 / T)
+    s = v * v
+    b_sin = v * (1.0 + s * (-1.0 / 6.0 + s * (1.0 / 120.0 + s * (-1.0 / 5040.0 + s * (1.0 / 362880.0)))))
+    b_cos = -1.0 / 720.0 + s * (1.0 / 40320.0 - s * (1.0 / 3628800.0))
+    b_cos = 1.0 + s * (-0.5 + s * (1.0 / 24.0 + s * b_cos))
+    odd = quarter % 2 == 1
     unit = 1.0 / tl.sqrt_rn(tl.full([1, 1], T, tl.float32))
-    b_cos = tl.where(mask, tl.cos(b_angle) * unit, 0.0)
-    b_sin = tl.where(mask & (2 * turn != T) & (turn != 0), -tl.sin(b_angle) * unit, 0.0)
-    return b_cos, b_sin
+    b_unit = tl.where(mask, unit, 0.0)
+    b_real = tl.where(odd, b_sin, b_cos) * tl.where((quarter == 1) | (quarter == 2), -b_unit, b_unit)
+    b_imag = tl.where(odd, b_cos, b_sin) * tl.where((quarter == 2) | (quarter == 3), b_unit, -b_unit)
+    return once(b_real), once(b_imag)
 
 
 @triton.jit
@@ -320,12 +365,12 @@ def pair(p_maps, i_map, F: tl.constexpr, BF: tl.constexpr):
 
 
 @triton.jit
-def store_pair(p_sum, b_dre, b_dim, b_re, b_im, F: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr):
+def store_pair(p_sum, b_dre, b_dim, b_re, b_im, F: tl.constexpr, BF: tl.constexpr):
     """Gradients of a complex map's parameters from those of its results and from what it was given."""
     o_f = tl.arange(0, BF)
     t_re, t_im = tl.trans(b_re), tl.trans(b_im)
-    store_square(p_sum, mul(t_re, b_dre, PRECISION) + mul(t_im, b_dim, PRECISION), F, BF)
-    store_square(p_sum + F * F, mul(t_re, b_dim, PRECISION) - mul(t_im, b_dre, PRECISION), F, BF)
+    store_square(p_sum, mul(t_re, b_dre) + mul(t_im, b_dim), F, BF)
+    store_square(p_sum + F * F, mul(t_re, b_dim) - mul(t_im, b_dre), F, BF)
     b_sum_re, b_sum_im = tl.sum(b_dre, 0), tl.sum(b_dim, 0)
     tl.store(p_sum + 2 * F * F + o_f, b_sum_re + b_sum_im, mask=o_f < F)
     tl.store(p_sum + 2 * F * F + F + o_f, b_sum_im - b_sum_re, mask=o_f < F)
@@ -341,7 +386,6 @@ def filter_forward(
     rows,
     T: tl.constexpr,
     F: tl.constexpr,
-    PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
@@ -362,10 +406,10 @@ def filter_forward(
         if i_map == 1:
             p_stream = p_text
         b_r = tl.load(p_stream + o_element, mask=mask, other=0.0).to(tl.float32)
-        b_re, b_im = mul(b_r, b_cos, EXACT), mul(b_r, b_sin, EXACT)
+        b_re, b_im = mul(b_r, b_cos), mul(b_r, b_sin)
         b_real, b_imag, b_low, b_high = pair(p_maps, i_map, F, BF)
-        b_cre = mul(b_re, b_real, PRECISION) - mul(b_im, b_imag, PRECISION) + b_low[None, :]
-        b_cim = mul(b_re, b_imag, PRECISION) + mul(b_im, b_real, PRECISION) + b_high[None, :]
+        b_cre = mul(b_re, b_real) - mul(b_im, b_imag) + b_low[None, :]
+        b_cim = mul(b_re, b_imag) + mul(b_im, b_real) + b_high[None, :]
         p_here = p_kept + i_map * 4 * size + o_bin
         tl.store(p_here, b_re, mask=m_f)
         tl.store(p_here + size, b_im, mask=m_f)
@@ -375,9 +419,9 @@ def filter_forward(
         b_sim += b_cre * b_im + b_cim * b_re
     b_real, b_imag, b_low, b_high = pair(p_maps, 2, F, BF)
     b_count = both(T, F, BF)[None, :]
-    b_jre = (mul(b_sre, b_real, PRECISION) - mul(b_sim, b_imag, PRECISION) + b_low[None, :]) * b_count
-    b_jim = (mul(b_sre, b_imag, PRECISION) + mul(b_sim, b_real, PRECISION) + b_high[None, :]) * b_count
-    b_out = mul(b_jre, tl.trans(b_cos), EXACT) + mul(b_jim, tl.trans(b_sin), EXACT)
+    b_jre = (mul(b_sre, b_real) - mul(b_sim, b_imag) + b_low[None, :]) * b_count
+    b_jim = (mul(b_sre, b_imag) + mul(b_sim, b_real) + b_high[None, :]) * b_count
+    b_out = mul(b_jre, tl.trans(b_cos)) + mul(b_jim, tl.trans(b_sin))
     tl.store(p_out + o_element, b_out, mask=mask)
 
 
@@ -391,7 +435,6 @@ def filter_backward(
     rows,
     T: tl.constexpr,
     F: tl.constexpr,
-    PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
@@ -410,7 +453,7 @@ def filter_backward(
     b_cos, b_sin = waves(T, F, BT, BF)
     b_grad = tl.load(p_grad + o_element, mask=mask, other=0.0).to(tl.float32)
     b_count = both(T, F, BF)[None, :]
-    b_djre, b_djim = mul(b_grad, b_cos, EXACT) * b_count, mul(b_grad, b_sin, EXACT) * b_count
+    b_djre, b_djim = once(mul(b_grad, b_cos) * b_count), once(mul(b_grad, b_sin) * b_count)
     if i_map == 0:
         b_sre = tl.zeros([BR, BF], tl.float32)
         b_sim = tl.zeros([BR, BF], tl.float32)
@@ -422,26 +465,26 @@ def filter_backward(
             b_cim = tl.load(p_there + 3 * size, mask=m_f, other=0.0)
             b_sre += b_cre * b_re - b_cim * b_im
             b_sim += b_cre * b_im + b_cim * b_re
-        store_pair(p_sums + 4 * (F * F + F), b_djre, b_djim, b_sre, b_sim, F, BF, PRECISION)
+        store_pair(p_sums + 4 * (F * F + F), b_djre, b_djim, once(b_sre), once(b_sim), F, BF)
     b_real, b_imag, _, _ = pair(p_maps, 2, F, BF)
     b_real, b_imag = tl.trans(b_real), tl.trans(b_imag)
-    b_dsre = mul(b_djre, b_real, PRECISION) + mul(b_djim, b_imag, PRECISION)
-    b_dsim = mul(b_djim, b_real, PRECISION) - mul(b_djre, b_imag, PRECISION)
+    b_dsre = mul(b_djre, b_real) + mul(b_djim, b_imag)
+    b_dsim = mul(b_djim, b_real) - mul(b_djre, b_imag)
     p_here = p_kept + i_map * 4 * size
     b_re = tl.load(p_here, mask=m_f, other=0.0)
     b_im = tl.load(p_here + size, mask=m_f, other=0.0)
-    b_dcre = b_dsre * b_re + b_dsim * b_im
-    b_dcim = b_dsim * b_re - b_dsre * b_im
-    store_pair(p_sums + i_map * 2 * (F * F + F), b_dcre, b_dcim, b_re, b_im, F, BF, PRECISION)
+    b_dcre = once(b_dsre * b_re + b_dsim * b_im)
+    b_dcim = once(b_dsim * b_re - b_dsre * b_im)
+    store_pair(p_sums + i_map * 2 * (F * F + F), b_dcre, b_dcim, b_re, b_im, F, BF)
     b_cre = tl.load(p_here + 2 * size, mask=m_f, other=0.0)
     b_cim = tl.load(p_here + 3 * size, mask=m_f, other=0.0)
     b_real, b_imag, _, _ = pair(p_maps, i_map, F, BF)
     b_real, b_imag = tl.trans(b_real), tl.trans(b_imag)
     b_dre = b_dsre * b_cre + b_dsim * b_cim
-    b_dre += mul(b_dcre, b_real, PRECISION) + mul(b_dcim, b_imag, PRECISION)
+    b_dre += mul(b_dcre, b_real) + mul(b_dcim, b_imag)
     b_dim = b_dsim * b_cre - b_dsre * b_cim
-    b_dim += mul(b_dcim, b_real, PRECISION) - mul(b_dcre, b_imag, PRECISION)
-    b_back = mul(b_dre, tl.trans(b_cos), EXACT) + mul(b_dim, tl.trans(b_sin), EXACT)
+    b_dim += mul(b_dcim, b_real) - mul(b_dcre, b_imag)
+    b_back = mul(b_dre, tl.trans(b_cos)) + mul(b_dim, tl.trans(b_sin))
     tl.store(p_dstream + i_map * tl.cast(rows, tl.int64) * T + o_element, b_back, mask=mask)
 
 
@@ -480,7 +523,6 @@ def stage(
             H=heads,
             T=places,
             K=parameters[4].shape[1],
-            PRECISION="tf32x3",
             BT=_tile(places),
             **STAGE,
         )
@@ -534,8 +576,8 @@ def stage_gradients(
             H=heads,
             T=places,
             K=taps,
-            PRECISION="tf32x3",
             BT=_tile(places),
+            BK=triton.next_power_of_2(taps),
             **STAGE,
         )
     of_heads = summed(sums[None])[0]
@@ -563,7 +605,6 @@ def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor)
             rows,
             T=places,
             F=bins,
-            PRECISION="tf32x3",
             BT=_tile(places),
             BF=_tile(bins),
             **FILTER,
@@ -590,7 +631,6 @@ def spectral_gradients(
             rows,
             T=places,
             F=bins,
-            PRECISION="tf32x3",
             BT=_tile(places),
             BF=_tile(bins),
             **FILTER,
