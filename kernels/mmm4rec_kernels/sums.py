@@ -10,7 +10,7 @@ import triton.language as tl
 
 SIDE_BY_SIDE = 32
 """Rows, and columns, that a program adds at a time; also the most parts into which many rows are cut first."""
-WARPS = 4
+WARPS = 8
 """Warps of a program that adds what the programs of a kernel leave, each with 32 rows at a time."""
 
 

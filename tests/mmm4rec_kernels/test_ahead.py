@@ -72,7 +72,7 @@ def test_the_scan_of_long_sequences_compiles(capability, batch):
     for need in needs:
         assert need.registers <= 255
         assert need.shared <= SHARED_LIMIT
-        assert need.spilled <= {"segment_forward": 288, "segment_backward": 1088}.get(need.kernel, 0), need.kernel
+        assert need.spilled <= {"segment_writes": 16, "segment_backward": 32}.get(need.kernel, 0), need.kernel
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -105,12 +105,10 @@ def test_the_block_of_packed_sequences_compiles(capability):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("length", [12, 20])
-def test_the_joined_backward_of_the_block_compiles(length, capability, monkeypatch):
+def test_the_joined_backward_of_the_block_compiles(length, capability):
     from mmm4rec_kernels import ahead
-    from mmm4rec_kernels.block import ops, short
+    from mmm4rec_kernels.block import short
 
-    monkeypatch.setattr(ops, "JOINED", True)
-    monkeypatch.setattr(short, "KNOWN", 9)
     H, E, GN = 8, 512, 512
     tensors = (torch.empty(4, length, H), torch.empty(E + 2 * GN, 4), torch.empty(E + 2 * GN))
     heads = [torch.empty(H) for _ in range(3)]
@@ -137,7 +135,7 @@ def test_the_joined_backward_of_the_block_compiles(length, capability, monkeypat
         assert need.shared <= SHARED_LIMIT
         # The walk reads what other threads stored: not through a cache that stores do not reach.
         assert ".nc" not in need.assembly
-        assert capability != 90 or need.spilled <= {"joined_backward": 120}.get(need.kernel, 0), need.kernel
+        assert capability != 90 or need.spilled <= {"joined_backward": 104}.get(need.kernel, 0), need.kernel
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])

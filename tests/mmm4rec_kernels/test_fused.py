@@ -297,26 +297,14 @@ def test_block_without_gradients_takes_one_kernel_and_gives_the_same():
     assert not disagreement(got, truth, yardstick, FLOOR)
 
 
-@pytest.fixture
-def known(monkeypatch):
-    monkeypatch.setattr("mmm4rec_kernels.block.short.KNOWN", 9)
-
-
-@pytest.fixture
-def joined(known, monkeypatch):
-    monkeypatch.setattr("mmm4rec_kernels.block.ops.JOINED", True)
-
-
-@pytest.mark.parametrize(("kind", "length"), [("self", 5), ("self", 20), ("self", 32), ("cross", 12), ("cross", 17)])
-def test_block_joined(joined, kind, length):
+@pytest.mark.parametrize(("kind", "length"), [("self", 9), ("self", 20), ("self", 32), ("cross", 12), ("cross", 17)])
+def test_block_joined(kind, length):
     draws = [block_inputs(kind, 3, length, seed=seed) for seed in range(4 if length < 20 else 1)]
     agree(block if kind == "self" else crossing, *draws, groups=2)
 
 
-@pytest.mark.parametrize("sloped", [False, True])
 @pytest.mark.parametrize(("length", "taps"), [(12, 2), (20, 3)])
-def test_block_joined_with_lengths_few_taps_and_no_factor(joined, monkeypatch, length, taps, sloped):
-    monkeypatch.setattr("mmm4rec_kernels.block.joined.SLOPED", sloped)
+def test_block_joined_with_lengths_few_taps_and_no_factor(length, taps):
     inputs = block_inputs("cross", 5, length, width=12, state=5)
     inputs.pop("time_factor_BLH")
     inputs["conv_weight_CK"] = inputs["conv_weight_CK"][:, :taps].contiguous()
@@ -324,15 +312,15 @@ def test_block_joined_with_lengths_few_taps_and_no_factor(joined, monkeypatch, l
 
 
 @pytest.mark.parametrize("length", [9, 20])
-def test_block_with_kernels_for_the_length_gives_the_same(known, monkeypatch, length):
+def test_block_with_kernels_for_any_length_gives_the_same(monkeypatch, length):
     inputs = {k: t.to(DEVICE) for k, t in block_inputs("self", 4, length).items()}
     lengths = torch.tensor([length, 5, 0, length], device=DEVICE)
     y = block(**inputs, groups=2, lengths=lengths, backend="triton")
-    monkeypatch.setattr("mmm4rec_kernels.block.short.KNOWN", 33)
+    monkeypatch.setattr("mmm4rec_kernels.block.ops.SHORT", 32)
     torch.testing.assert_close(y, block(**inputs, groups=2, lengths=lengths, backend="triton"))
 
 
-def test_block_joined_reads_nothing_behind_the_end(joined):
+def test_block_joined_reads_nothing_behind_the_end():
     inputs = {k: t.to(DEVICE) for k, t in block_inputs("self", 3, 20).items()}
     lengths = torch.tensor([4, 20, 0], device=DEVICE)
     before = outcome(block, inputs, backend="triton", groups=2, lengths=lengths)
@@ -442,12 +430,7 @@ def test_tiles_of_short_sequences_are_almost_full():
 @needs_gpu
 @pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 20, 31, 32, 33, 50, 63, 64, 65, 200])
 @pytest.mark.parametrize("kind", ["self", "cross"])
-@pytest.mark.parametrize("in_one", [False, True])
-def test_block_at_every_length(monkeypatch, kind, length, in_one):
-    if in_one and not 8 < length <= 32:
-        pytest.skip("the same as without")
-    monkeypatch.setattr("mmm4rec_kernels.block.ops.JOINED", in_one)
-    monkeypatch.setattr("mmm4rec_kernels.block.short.KNOWN", 9 if in_one else 33)
+def test_block_at_every_length(kind, length):
     draws = [block_inputs(kind, 5, length, heads=8, width=64, groups=8, state=64, seed=seed) for seed in range(3)]
     agree(block if kind == "self" else crossing, *draws, groups=8, floor=THREE_PASS_FLOOR)
 

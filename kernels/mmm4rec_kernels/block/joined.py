@@ -21,13 +21,11 @@ from mmm4rec_kernels.tiles import store_sum
 
 WARPS = 4
 REGISTERS = 168
-"""At most so many for a thread, None for no limit."""
+"""At most so many for a thread."""
 PROGRAMS = 3
-"""Programs for each multiprocessor."""
-AHEAD = 4
+"""Programs for each multiprocessor: as many as run side by side, so that none is left to run alone."""
+AHEAD = 10
 """Places that the walk loads together."""
-SLOPED = False
-"""Whether the gradients that the walk reads are those before SiLU."""
 
 
 @triton.jit
@@ -37,7 +35,7 @@ def keep(p_d, row_d, m_c, t, count, b_d):
 
 
 @triton.jit
-def past(b_0, b_g, b_1, b_2, b_3, d_1, d_2, d_3, sums, taps, SLOPED: tl.constexpr):
+def past(b_0, b_g, b_1, b_2, b_3, d_1, d_2, d_3, sums, taps):
     """One place further in a sequence.
 
     From the raw columns of a place and the gradient of what they were convolved to, b the raw columns of the places
@@ -45,10 +43,9 @@ def past(b_0, b_g, b_1, b_2, b_3, d_1, d_2, d_3, sums, taps, SLOPED: tl.constexp
     """
     sum_0, sum_1, sum_2, sum_3, sum_bias = sums
     w_0, w_1, w_2, w_3, b_bias = taps
-    if not SLOPED:
-        b_y = b_bias + w_0 * b_0 + w_1 * b_1 + w_2 * b_2 + w_3 * b_3
-        b_gate = sigmoid(b_y)
-        b_g *= b_gate * (1.0 + b_y * (1.0 - b_gate))
+    b_y = b_bias + w_0 * b_0 + w_1 * b_1 + w_2 * b_2 + w_3 * b_3
+    b_gate = sigmoid(b_y)
+    b_g *= b_gate * (1.0 + b_y * (1.0 - b_gate))
     sums = (sum_0 + b_g * b_0, sum_1 + b_g * b_1, sum_2 + b_g * b_2, sum_3 + b_g * b_3, sum_bias + b_g)
     return w_0 * b_g, d_1 + w_1 * b_g, d_2 + w_2 * b_g, d_3 + w_3 * b_g, sums
 
@@ -65,7 +62,6 @@ def walk(
     sums,
     taps,
     TAPS: tl.constexpr,
-    SLOPED: tl.constexpr,
     BC: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
@@ -86,7 +82,7 @@ def walk(
             raw += (wide(tl.load(p_x + (first + k) * row_x, mask=mask, other=0.0)),)
             grad += (wide(tl.load(p_d + (first + k) * row_d, mask=mask, other=0.0)),)
         for k in tl.static_range(AHEAD):
-            d_0, d_1, d_2, d_3, sums = past(raw[k], grad[k], b_1, b_2, b_3, d_1, d_2, d_3, sums, taps, SLOPED)
+            d_0, d_1, d_2, d_3, sums = past(raw[k], grad[k], b_1, b_2, b_3, d_1, d_2, d_3, sums, taps)
             keep(p_d, row_d, m_c, first + k - (TAPS - 1), count, d_3 if TAPS == 4 else d_2 if TAPS == 3 else d_1)
             d_3 = d_2
             d_2 = d_1
@@ -148,7 +144,6 @@ def joined_backward(
     C_AT: tl.constexpr,
     MODE: tl.constexpr,
     LENGTH: tl.constexpr,
-    SLOPED: tl.constexpr,
     SKIP_DT: tl.constexpr,
     BL: tl.constexpr,
     BP: tl.constexpr,
@@ -228,7 +223,6 @@ def joined_backward(
             X_AT + E,
             C_AT,
             LENGTH,
-            SLOPED,
             SKIP_DT,
             BL,
             BP,
@@ -269,7 +263,7 @@ def joined_backward(
             first = tl.cast(i_s, tl.int64) * length
             p_raw = tl.where(is_C, p_c + first * ROW_C + o_in_c, p_x + first * ROW_X + (X_AT + o_channel))
             p_d = tl.where(is_C, p_dc + first * ROW_DC + o_in_c, p_dx + first * ROW_DX + (X_AT + o_channel))
-            sums = walk(p_raw, p_d, row_x, row_d, m_c, length, end, sums, taps, TAPS, SLOPED, BC, AHEAD)
+            sums = walk(p_raw, p_d, row_x, row_d, m_c, length, end, sums, taps, TAPS, BC, AHEAD)
     sum_0, sum_1, sum_2, sum_3, sum_bias = sums
     p_sums += i_split.to(tl.int64) * (CHANNELS * (TAPS + 1) + E + 3 * H)
     tl.store(p_sums + o_channel * TAPS + TAPS - 1, sum_0, mask=m_c)
@@ -311,7 +305,7 @@ def backward(
     bias, A_log, D, dt_bias, norm = parameters
     heads, width, (taps, channels) = A_log.shape[0], norm.shape[0], turned.shape
     states = (channels - width) // (2 * heads)
-    splits = min(where["tiles"], triton.cdiv(processors(projected) * PROGRAMS, heads))
+    splits = min(where["tiles"], max(1, processors(projected) * PROGRAMS // heads))
     sums = torch.empty(splits, channels * (taps + 1) + width + 3 * heads, device=projected.device)
     batch, row, head = (0, 0, 0) if factor is None else factor.stride()
     joined_backward[(heads, splits)](
@@ -351,7 +345,6 @@ def backward(
         X_AT=at[0],
         C_AT=at[1],
         LENGTH=known,
-        SLOPED=SLOPED,
         SKIP_DT=skip_dt,
         BP=tile(width // heads),
         BN=tile(states),

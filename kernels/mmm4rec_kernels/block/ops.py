@@ -15,9 +15,7 @@ from mmm4rec_kernels.ssd.ops import chunks
 
 SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
 """Longest sequences for which several in one tile were faster on an H200: forward and backward together, so for packed
-ones, and forward alone."""
-JOINED = False
-"""Whether, where each head has a group of its own, unpacked sequences that fit a tile take `joined` backward."""
+ones, and forward alone. Where each head has a group of its own, gradients too are found in a tile up to the last."""
 
 TILE = 32
 """Places of a tile that holds several sequences. With 64 kernels need twice the registers: slower on an H100."""
@@ -42,7 +40,7 @@ def several_in_a_tile(packed: bool, longest: int, gradients: bool, own_groups: b
     """
     if packed:
         return longest <= SHORT_PACKED
-    return longest <= (SHORT if gradients and not (JOINED and own_groups) else SHORT_FORWARD)
+    return longest <= (SHORT if gradients and not own_groups else SHORT_FORWARD)
 
 
 @operator("mmm4rec_kernels::ssd_block")
@@ -113,7 +111,7 @@ def _forward_shapes(
     states = (weight.shape[0] - width) // 2
     sequences = ends.shape[0] - 1 if packed and ends is not None else batch
     sizes = (width // heads, states // groups)
-    count = chunks(longest, *sizes)
+    count = chunks(longest, *sizes, projected.dtype)
     kept = (sequences, heads, count, *sizes) if count > 1 else (0,)
     return (
         projected.new_empty(batch, length, width),

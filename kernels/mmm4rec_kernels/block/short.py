@@ -42,8 +42,6 @@ FORWARD_REGISTERS = 80
 BACKWARD_REGISTERS = 168
 """At most so many for a thread, that more programs run side by side: the kernels wait for what they load and multiply,
 not for memory's width. Measured on an H100; with fewer they spill."""
-KNOWN = 33
-"""Unpacked sequences of so many places or more have kernels compiled for their length: fewer masks and idle rows."""
 COLUMNS = 512
 COLUMN_WARPS = 4
 COLUMN_PROGRAMS = 4
@@ -328,13 +326,12 @@ def convolve(
     TAPS: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """The convolution and SiLU, and the slope of SiLU, [BL, columns]."""
+    """The convolution and SiLU, [BL, columns]."""
     b_sum = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     for back in tl.static_range(TAPS):
         b_in = place_before(p_in, o_l, o_first, m_in, o_c, m_c, ROW, back)
         b_sum += b_in * taps_of(p_weight, o_c, m_c, C, TAPS, back)[None, :]
-    b_gate = sigmoid(b_sum)
-    return used(b_sum * b_gate, o_l, LENGTH), used(b_gate * (1.0 + b_sum * (1.0 - b_gate)), o_l, LENGTH)
+    return used(b_sum * sigmoid(b_sum), o_l, LENGTH)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -406,10 +403,10 @@ def block_forward(
     p_steps += tl.cast(i_h, tl.int64) * rows + first
     p_B = p_x + X_AT + at_B
     p_C = p_c + C_AT + (at_B - E)
-    b_B, _ = convolve(p_B, p_weight + at_B, p_bias + at_B, o_l, o_first, m_in, o_n, m_n, ROW_X, CHANNELS, TAPS, LENGTH)
-    b_C, _ = convolve(p_C, p_weight + at_C, p_bias + at_C, o_l, o_first, m_in, o_n, m_n, ROW_C, CHANNELS, TAPS, LENGTH)
+    b_B = convolve(p_B, p_weight + at_B, p_bias + at_B, o_l, o_first, m_in, o_n, m_n, ROW_X, CHANNELS, TAPS, LENGTH)
+    b_C = convolve(p_C, p_weight + at_C, p_bias + at_C, o_l, o_first, m_in, o_n, m_n, ROW_C, CHANNELS, TAPS, LENGTH)
     p_xh = p_x + X_AT + at_x
-    b_x, _ = convolve(p_xh, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS, LENGTH)
+    b_x = convolve(p_xh, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS, LENGTH)
     b_step = tl.load(p_steps + o_l, mask=m_in, other=0.0)
     D = tl.load(p_D + i_h).to(tl.float32)
     b_decay = decays(p_steps + plane, plane, o_l, o_first, m_out, BL)
@@ -494,7 +491,6 @@ def tile_backward(
     DB_AT: tl.constexpr,
     DC_AT: tl.constexpr,
     LENGTH: tl.constexpr,
-    SLOPED: tl.constexpr,
     SKIP_DT: tl.constexpr,
     BL: tl.constexpr,
     BP: tl.constexpr,
@@ -502,7 +498,7 @@ def tile_backward(
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of z and of the convolved columns of one head of a tile; with SLOPED, of those before SiLU.
+    """Gradients of z and of the convolved columns of one head of a tile.
 
     Returned are what the tile adds to the gradients of the norm's weights [BP] and, place by place, of D, those of the
     step sizes, the step sizes, and the gradients of the one-step logarithms.
@@ -531,15 +527,13 @@ def tile_backward(
     m_x_out = m_out[:, None] & m_p[None, :]
     m_n_out = m_out[:, None] & m_n[None, :]
 
-    b_B, slope_B = convolve(
+    b_B = convolve(
         p_x + at_B, p_weight + at_B, p_bias + at_B, o_l, o_first, m_in, o_n, m_n, ROW_X, CHANNELS, TAPS, LENGTH
     )
-    b_C, slope_C = convolve(
-        p_c, p_weight + at_C, p_bias + at_C, o_l, o_first, m_in, o_n, m_n, ROW_C, CHANNELS, TAPS, LENGTH
-    )
+    b_C = convolve(p_c, p_weight + at_C, p_bias + at_C, o_l, o_first, m_in, o_n, m_n, ROW_C, CHANNELS, TAPS, LENGTH)
     if LENGTH > 0:
         # Early, on its way with the other columns; where masks take registers too there are none left to hold it.
-        b_x, slope_x = convolve(
+        b_x = convolve(
             p_x + at_x, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS, LENGTH
         )
     b_decay = decays(p_steps + plane, plane, o_l, o_first, m_out, BL)
@@ -547,7 +541,7 @@ def tile_backward(
     b_step = tl.load(p_steps + o_l, mask=m_in, other=0.0)
     D = tl.load(p_D + i_h).to(tl.float32)
     if LENGTH == 0:
-        b_x, slope_x = convolve(
+        b_x = convolve(
             p_x + at_x, p_weight + at_x, p_bias + at_x, o_l, o_first, m_in, o_p, m_p, ROW_X, CHANNELS, TAPS, LENGTH
         )
     b_through = with_skip(b_M, b_step, D, SKIP_DT, BL)
@@ -572,19 +566,13 @@ def tile_backward(
     # All that is summed over the head dim is in this product: gradients of steps, decays and skip are sums of it.
     b_W = dot(b_dy, tl.trans(b_x), KIND, PRECISION)
     b_dx = dot(tl.trans(b_through), b_dy, KIND, PRECISION)
-    if SLOPED:
-        b_dx *= slope_x
     tl.store(p_dx + o_l[:, None] * ROW_DX + o_p[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_x_out)
     b_ends, b_dstep, b_dskip = step_gradients(b_W, b_M, b_step, D, SKIP_DT, BL, KIND, PRECISION)
     b_da = tl.cumsum(b_ends, 0, reverse=True).to(tl.float32)
     b_W *= b_decay * b_step[None, :]
     b_dC = dot(b_W, b_B, KIND, PRECISION)
-    if SLOPED:
-        b_dC *= slope_C
     tl.store(p_dC + o_l[:, None] * ROW_DC + o_n[None, :], b_dC.to(p_dC.dtype.element_ty), mask=m_n_out)
     b_dB = dot(tl.trans(b_W), b_C, KIND, PRECISION)
-    if SLOPED:
-        b_dB *= slope_B
     tl.store(p_dB + o_l[:, None] * ROW_DB + o_n[None, :], b_dB.to(p_dB.dtype.element_ty), mask=m_n_out)
     return b_dnorm, b_dskip, b_dstep, b_step, b_da
 
@@ -697,7 +685,6 @@ def block_backward(
         DB_AT,
         DC_AT,
         LENGTH,
-        False,
         SKIP_DT,
         BL,
         BP,
@@ -900,8 +887,8 @@ def _tiling(projected: torch.Tensor, ends: torch.Tensor | None, packed: bool, lo
 
 
 def _known(where: dict[str, int]) -> int:
-    """Places of a sequence if kernels are compiled for them, else 0."""
-    return where["length"] if where["per_tile"] and where["length"] >= KNOWN else 0
+    """Places of a sequence if kernels are compiled for them, which spares masks and idle rows; else 0."""
+    return where["length"] if where["per_tile"] and where["length"] > ops.SHORT else 0
 
 
 def _layout(width: int, states: int, crossing: bool) -> tuple[int, int]:
@@ -1113,7 +1100,7 @@ def backward(
     columns = triton.next_power_of_2(width)
     block = max(1, 2048 // columns)
     row_products[(triton.cdiv(rows, block),)](grad, out, products, rows, E=width, BR=block, BE=columns, num_warps=4)
-    if ops.JOINED and shares == 1 and not packed:
+    if shares == 1 and _known(where):
         from mmm4rec_kernels.block import joined
 
         flat = joined.backward(

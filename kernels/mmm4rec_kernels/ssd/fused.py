@@ -292,8 +292,8 @@ def _sizes(
     width, state = x.shape[3], B.shape[3]
     return (
         sequences,
-        chunk_places(longest, width, state),
-        chunks(longest, width, state),
+        chunk_places(longest, width, state, x.dtype),
+        chunks(longest, width, state, x.dtype),
         tile(width),
         tile(state),
     )

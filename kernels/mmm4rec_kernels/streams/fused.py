@@ -19,7 +19,7 @@ import triton.language as tl
 from mmm4rec_kernels.sums import summed
 from mmm4rec_kernels.tiles import INTERPRETED, LOG2E, exp2, reciprocal, sigmoid
 
-STAGE = {"BR": 16, "num_warps": 4}
+STAGE = {"BR": 16, "num_warps": 2}
 FILTER = {"BR": 32, "num_warps": 2}
 """Rows and warps of a program; twice as quick backward as 64 rows with 4 warps (H100)."""
 
