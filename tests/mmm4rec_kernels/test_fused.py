@@ -384,14 +384,14 @@ def test_block_leaves_places_behind_the_last_sequence_zero():
 
 def tiles_of(lengths, longest, behind):
     """Checks that tiles hold whole sequences and every place once; their sizes."""
-    from mmm4rec_kernels.block import short
+    from mmm4rec_kernels.block import tiling
     from mmm4rec_kernels.block.ops import TILE, planned_tiles
 
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     rows = int(bounds[-1]) + behind
     with poisoned():
         projected, ends = torch.zeros(1, rows, 1, device=DEVICE), bounds.to(DEVICE)
-        _, places, _ = short.prepare(projected, None, *torch.zeros(2, 1, device=DEVICE), ends, True, longest)
+        _, places, _ = tiling.prepare(projected, None, *torch.zeros(2, 1, device=DEVICE), ends, True, longest)
     first, start, stop = (t.cpu() for t in torch.split(places, [rows, *[planned_tiles(rows, longest)] * 2]))
     owner = torch.searchsorted(bounds, torch.arange(rows), right=True) - 1
     assert torch.equal(first, torch.where(owner < len(lengths), bounds[owner], -1).int())

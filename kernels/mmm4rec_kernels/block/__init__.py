@@ -102,7 +102,8 @@ def ssd_block(
             norm_weight_E,
         )
         gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        several = several_in_a_tile(cu_seqlens is not None, longest, gradients, n_groups == heads)
+        joined = n_groups == heads and main.dtype == torch.float32
+        several = several_in_a_tile(cu_seqlens is not None, longest, gradients, joined)
         out, *_ = (short_forward if several else ssd_block_forward)(
             *tensors,
             lengths if cu_seqlens is None else cu_seqlens,

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mmm4rec_kernels.block.short import factor_places, places_of, sigmoid, tile_backward, wide
+from mmm4rec_kernels.block.tile import sigmoid, tile_backward, wide
+from mmm4rec_kernels.block.tiling import factor_places, places_of
 from mmm4rec_kernels.launch import kind, precision, processors, tile
 from mmm4rec_kernels.sums import sum_rows
 from mmm4rec_kernels.tiles import store_sum

@@ -15,7 +15,7 @@ from mmm4rec_kernels.ssd.ops import chunks
 
 SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
 """Longest sequences for which several in one tile were faster on an H200: forward and backward together, so for packed
-ones, and forward alone. Where each head has a group of its own, gradients too are found in a tile up to the last."""
+ones, and forward alone; forward and backward of float32 too, where each head has a group of its own."""
 
 TILE = 32
 """Places of a tile that holds several sequences. With 64 kernels need twice the registers: slower on an H100."""
@@ -33,14 +33,12 @@ def planned_tiles(rows: int, longest: int) -> int:
     return -(-rows // SEGMENT) * tiles
 
 
-def several_in_a_tile(packed: bool, longest: int, gradients: bool, own_groups: bool) -> bool:
+def several_in_a_tile(packed: bool, longest: int, gradients: bool, joined: bool) -> bool:
     """Whether the operator for short sequences takes a call.
 
-    `gradients` if some are wanted, `own_groups` if each head has a group of its own.
+    `gradients` if some are wanted, `joined` if one kernel may find them: float32, and each head a group of its own.
     """
-    if packed:
-        return longest <= SHORT_PACKED
-    return longest <= (SHORT if gradients and not own_groups else SHORT_FORWARD)
+    return longest <= (SHORT_PACKED if packed else SHORT if gradients and not joined else SHORT_FORWARD)
 
 
 @operator("mmm4rec_kernels::ssd_block")
