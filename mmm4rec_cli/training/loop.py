@@ -242,7 +242,7 @@ class Trainer:
             self.check(total)
         self.world.add_up(self.parameters.gradient)
         if self.tables is not None and isinstance(self.gradients, SampledGradients):
-            self.tables.step(*self.gradients.take(group), self.optimizer.param_groups[0]["lr"])
+            self.tables.step(*self.gradients.take(group), self.optimizer.lr)
         self._move()
         return total
 
@@ -344,7 +344,7 @@ def train_epoch(
     for group in trainer.groups(left):
         size = min(plan.batch_size * plan.accumulation, len(targets) - progress.targets_done)
         middle = (progress.targets_done + size / 2) / len(targets)
-        trainer.optimizer.param_groups[0]["lr"] = learning_rate(plan, progress.epoch, middle)
+        trainer.optimizer.lr = learning_rate(plan, progress.epoch, middle)
         loss_sum = trainer.step(group)
         if before is not None and trainer.device.type == "cuda":
             trainer.check(before)  # the last group's, so that the GPU always has the next one to do

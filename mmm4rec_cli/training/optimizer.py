@@ -3,7 +3,9 @@
 from collections.abc import Callable, Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adam import adam
+from torch.optim.nadam import nadam
 
 from mmm4rec_cli.settings.schema import Optimisation
 
@@ -39,7 +41,7 @@ class FlatParameters:
             parameter.data = view
             parameter.grad = gradient[: parameter.numel()].view_as(parameter)
 
-    def marked(self, of: Callable[[str, nn.Parameter], bool]) -> torch.Tensor:
+    def marked(self, of: Callable[[str, nn.Parameter], bool]) -> Tensor:
         """A tensor as the values, 1 where `of` says yes to the parameter's name and itself, else 0."""
         mark = torch.zeros_like(self.gradient)
         start = self.values.data_ptr()
@@ -59,78 +61,122 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and name.rsplit(".", 1)[-1] not in ("item_bias", "fusion_weight")
 
 
-def optimizer_of(values: nn.Parameter, optimisation: Optimisation, *, decays: bool = True) -> torch.optim.Optimizer:
-    """The optimiser that the settings name; weight decay is coupled and acts on everything, or is left to others."""
-    if not decays:
-        optimisation = optimisation.model_copy(update={"weight_decay": 0.0})
-    if optimisation.optimizer == "nadam":
-        return nadam(values, optimisation)
-    return torch.optim.Adam(
-        [values],
-        lr=optimisation.lr,
-        betas=(BETA1, BETA2),
-        eps=EPS,
-        weight_decay=optimisation.weight_decay,
-        fused=values.is_cuda,
-    )
+class FlatOptimizer:
+    """Moves flat parameters in place, by torch's functions.
 
-
-def nadam(values: nn.Parameter, optimisation: Optimisation) -> torch.optim.Optimizer:
-    """NAdam with coupled weight decay on everything (spec 5; the published marks against decay are ignored)."""
-    if values.is_cuda and values.dtype == torch.float32:
-        return FusedNAdam(values, optimisation)
-    return torch.optim.NAdam(
-        [values],
-        lr=optimisation.lr,
-        betas=(BETA1, BETA2),
-        eps=EPS,
-        weight_decay=optimisation.weight_decay,
-        momentum_decay=optimisation.momentum_decay,
-        foreach=True,
-    )
-
-
-class FusedNAdam(torch.optim.Optimizer):
-    """The same step as one kernel over the flat parameters; torch has no fused NAdam.
+    Not one of torch's optimisers: making one of those imports torch's compiler, which takes a second or more.
 
     Args:
-        values: flat float32 parameters on a GPU, their gradient in place.
-        optimisation: learning rate, weight decay, momentum decay.
+        values: the parameters, their gradient in place.
+        optimisation: learning rate, weight decay (coupled, on everything), momentum decay.
     """
 
     def __init__(self, values: nn.Parameter, optimisation: Optimisation) -> None:
-        decays = {"weight_decay": optimisation.weight_decay, "momentum_decay": optimisation.momentum_decay}
-        super().__init__([values], {"lr": optimisation.lr, **decays})
-        self.state[values] = {
-            "step": torch.zeros((), dtype=torch.float64),
-            "mu_product": torch.ones((), dtype=torch.float64),
-            "exp_avg": torch.zeros_like(values.detach()),
-            "exp_avg_sq": torch.zeros_like(values.detach()),
-        }
+        self.values, self.lr = values, optimisation.lr
+        """The learning rate may be set before each step."""
+        self.weight_decay, self.momentum_decay = optimisation.weight_decay, optimisation.momentum_decay
+        self.state = {"exp_avg": torch.zeros_like(values.detach()), "exp_avg_sq": torch.zeros_like(values.detach())}
+        """All that is saved, by torch's names."""
+
+    def step(self) -> None:
+        """Move the parameters; nothing waits for the GPU."""
+        raise NotImplementedError
+
+    @property
+    def gradient(self) -> Tensor:
+        """Of the parameters."""
+        assert self.values.grad is not None
+        return self.values.grad
+
+
+class Adam(FlatOptimizer):
+    """Adam; the step count lies where the parameters do."""
+
+    def __init__(self, values: nn.Parameter, optimisation: Optimisation) -> None:
+        super().__init__(values, optimisation)
+        self.state["step"] = torch.zeros((), dtype=torch.float32, device=values.device)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move the parameters; step count and momentum product live on the CPU, so that nothing waits for the GPU."""
+    def step(self) -> None:
+        """Move the parameters, on a GPU with one kernel."""
+        adam(
+            [self.values],
+            [self.gradient],
+            [self.state["exp_avg"]],
+            [self.state["exp_avg_sq"]],
+            [],
+            [self.state["step"]],
+            fused=self.values.is_cuda,
+            amsgrad=False,
+            beta1=BETA1,
+            beta2=BETA2,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            eps=EPS,
+            maximize=False,
+        )
+
+
+class NAdam(FlatOptimizer):
+    """NAdam (spec 5; the published marks against decay are ignored); float32 on a GPU as one kernel, which torch lacks.
+
+    Step count and momentum product live on the CPU.
+    """
+
+    def __init__(self, values: nn.Parameter, optimisation: Optimisation) -> None:
+        super().__init__(values, optimisation)
+        self.by_kernel = values.is_cuda and values.dtype == torch.float32
+        numbers = torch.float64 if self.by_kernel else torch.float32  # as torch's own
+        self.state |= {"step": torch.zeros((), dtype=numbers), "mu_product": torch.ones((), dtype=numbers)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the parameters."""
+        if self.by_kernel:
+            self._step_by_kernel()
+            return
+        nadam(
+            [self.values],
+            [self.gradient],
+            [self.state["exp_avg"]],
+            [self.state["exp_avg_sq"]],
+            [self.state["mu_product"]],
+            [self.state["step"]],
+            foreach=True,
+            beta1=BETA1,
+            beta2=BETA2,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum_decay=self.momentum_decay,
+            eps=EPS,
+        )
+
+    def _step_by_kernel(self) -> None:
         from mmm4rec_kernels.rows import fused
 
-        (group,) = self.param_groups
-        (values,) = group["params"]
-        state = self.state[values]
+        state = self.state
         state["step"] += 1
         step = float(state["step"])
-        now, following = (BETA1 * (1 - 0.5 * 0.96 ** (k * group["momentum_decay"])) for k in (step, step + 1))
+        now, following = (BETA1 * (1 - 0.5 * 0.96 ** (k * self.momentum_decay)) for k in (step, step + 1))
         state["mu_product"] *= now
         product = float(state["mu_product"])
         fused.nadam(
-            values.detach(),
-            values.grad,
+            self.values.detach(),
+            self.gradient,
             state["exp_avg"],
             state["exp_avg_sq"],
-            group["lr"] * (1 - now) / (1 - product),
-            group["lr"] * following / (1 - product * following),
+            self.lr * (1 - now) / (1 - product),
+            self.lr * following / (1 - product * following),
             BETA1,
             BETA2,
             1 - BETA2**step,
             EPS,
-            group["weight_decay"],
+            self.weight_decay,
         )
+
+
+def optimizer_of(values: nn.Parameter, optimisation: Optimisation, *, decays: bool = True) -> FlatOptimizer:
+    """The optimiser that the settings name; weight decay is coupled and acts on everything, or is left to others."""
+    if not decays:
+        optimisation = optimisation.model_copy(update={"weight_decay": 0.0})
+    return (NAdam if optimisation.optimizer == "nadam" else Adam)(values, optimisation)

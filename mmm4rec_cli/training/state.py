@@ -48,7 +48,7 @@ def save_state(path: Path, trainer: "Trainer", progress: Progress) -> None:
         return
     tensors = {f"{name}.{rank}": tensor for rank, (states, _) in enumerate(own) for name, tensor in states.items()}
     tensors["parameters"] = trainer.parameters.values.detach()
-    for name, value in trainer.optimizer.state_dict()["state"].get(0, {}).items():
+    for name, value in trainer.optimizer.state.items():
         tensors[f"optimizer.{name}"] = value
     if trainer.tables is not None:
         tensors |= {f"tables.{name}": table.detach() for name, table in trainer.tables.tables.items()}
@@ -90,14 +90,10 @@ def load_state(path: Path, trainer: "Trainer") -> Progress:
         parameters.values.copy_(tensors["parameters"])
         if trainer.average is not None:
             trainer.average.copy_(tensors["average"])
-    state = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-    groups = optimizer.state_dict()["param_groups"]
     trainer.averaged_steps = document.pop("averaged_steps", 0)
-    optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
-    for name in ("step", "mu_product"):
-        # Loading casts what belongs to a parameter to its dtype and device; these two are numbers.
-        if name in state:
-            optimizer.state[parameters.values][name] = state[name]
+    for name, tensor in optimizer.state.items():
+        if f"optimizer.{name}" in tensors:  # before the first step earlier versions wrote none
+            tensor.copy_(tensors[f"optimizer.{name}"])
     if trainer.tables is not None:
         for name, tensor in (trainer.tables.tables | trainer.tables.state).items():
             tensor.detach().copy_(tensors[f"tables.{name}"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmm4rec_kernels.operators import operator
+from mmm4rec_kernels.operators import dispatched, operator
 
 
 @operator("mmm4rec_tests::scaled")
@@ -109,3 +111,34 @@ def test_is_one_node_to_the_compiler():
     compiled = torch.compile(lambda *a: scaled(*a, 1), backend=look, fullgraph=True)
     assert compiled(*inputs(True)).tolist() == scaled(*inputs(True), 1).tolist()
     assert seen == ["mmm4rec_tests.scaled.default"]
+
+
+LOOKED_INTO: list[bool] = []
+
+
+@dispatched("mmm4rec_tests::twice")
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """Of x, and whether a compiler reads this."""
+    LOOKED_INTO.append(torch.compiler.is_compiling())
+    return 2 * x
+
+
+def test_a_compiler_does_not_look_into_the_function():
+    @torch.compiler.disable(recursive=False)  # what this calls is compiled
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mmm4rec_tests.twice(x)
+
+    torch.compiler.reset()
+    LOOKED_INTO.clear()
+    assert torch.compile(lambda x: outer(x) + 1, backend="eager")(torch.ones(2)).tolist() == [3, 3]
+    assert LOOKED_INTO == [False]
+
+
+def test_a_call_imports_no_compiler():
+    code = (
+        "import sys, torch\n"
+        "from mmm4rec_kernels.scoring.ops import lookup\n"
+        "lookup(torch.ones(3, 2, requires_grad=True), torch.tensor([1]), None, None)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

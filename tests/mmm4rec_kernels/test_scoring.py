@@ -243,15 +243,15 @@ def test_operators_are_well_formed():
     query.requires_grad_()
     table.requires_grad_()
     for keep in (False, True):
-        torch.library.opcheck(ops.cross_entropy_forward, (query, table, target, 1, keep), test_utils=checks)
+        torch.library.opcheck(ops.cross_entropy_forward.overload, (query, table, target, 1, keep), test_utils=checks)
         kept = ops.cross_entropy_forward(query, table, target, 1, keep)
-        arguments = (torch.ones(4, device=DEVICE), query, table, target, *kept[1:], 1)
-        torch.library.opcheck(ops.cross_entropy_backward, [getattr(a, "detach", lambda a=a: a)() for a in arguments])
-    torch.library.opcheck(ops.lookup, (table, target, None, None), test_utils=checks)
+        tensors = [t.detach() for t in (query, table, target, *kept[1:])]
+        torch.library.opcheck(ops.cross_entropy_backward.overload, (torch.ones(4, device=DEVICE), *tensors, 1))
+    torch.library.opcheck(ops.lookup.overload, (table, target, None, None), test_utils=checks)
     order = order_of(target, 19)
-    torch.library.opcheck(ops.lookup, (table, target, *order), test_utils=checks)
-    torch.library.opcheck(ops.lookup_backward, (query.detach(), *order, 19))
-    torch.library.opcheck(ops.compare_counts, (query.detach() @ table.detach().T, query.detach()[:, 0]))
+    torch.library.opcheck(ops.lookup.overload, (table, target, *order), test_utils=checks)
+    torch.library.opcheck(ops.lookup_backward.overload, (query.detach(), *order, 19))
+    torch.library.opcheck(ops.compare_counts.overload, (query.detach() @ table.detach().T, query.detach()[:, 0]))
 
 
 @pytest.mark.skipif(not FAST, reason="needs a GPU or TRITON_INTERPRET=1")

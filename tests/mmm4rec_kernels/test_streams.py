@@ -165,9 +165,9 @@ def test_operators_are_well_formed_and_repeat():
     given = stage_inputs(1, 70, 2, 20, 1)
     rows = given[0][0].requires_grad_()
     arguments = (rows, given[1:9], given[9:], torch.tensor([3], device=DEVICE), 0.4, 1e-12)
-    torch.library.opcheck(ops.stage, arguments, test_utils=["test_schema", "test_faketensor"])
+    torch.library.opcheck(ops.stage.overload, arguments, test_utils=["test_schema", "test_faketensor"])
     maps = torch.randn(6 * (11 * 11 + 11), device=DEVICE)
-    torch.library.opcheck(ops.spectral, (rows, None, maps), test_utils=["test_schema", "test_faketensor"])
+    torch.library.opcheck(ops.spectral.overload, (rows, None, maps), test_utils=["test_schema", "test_faketensor"])
     up = torch.randn(70, 20, 2, device=DEVICE)
     kept = ops.stage(*arguments)[2]
     options = (*arguments[1:4], kept, *arguments[4:])

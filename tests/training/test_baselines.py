@@ -162,6 +162,22 @@ def test_categories_lie_in_the_items_table_where_there_are_any(workspace, make_d
     assert counts[:4].tolist() == [[0, 0], [1, 1], [0, 0], [0, 1]]
 
 
+@pytest.mark.parametrize("name", ["adam", "nadam"])
+def test_an_optimiser_moves_as_torchs(name):
+    generator = torch.Generator().manual_seed(0)
+    values, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    ours = optimizer_of(values, Optimisation(optimizer=name, lr=0.1, weight_decay=0.5))
+    kind = {"adam": torch.optim.Adam, "nadam": torch.optim.NAdam}[name]
+    other = kind([theirs], lr=0.1, weight_decay=0.5, foreach=name == "nadam")
+    for _ in range(4):
+        values.grad = torch.randn(7, generator=generator)
+        theirs.grad = values.grad.clone()
+        ours.step()
+        other.step()
+    assert torch.equal(values, theirs)
+    assert all(torch.equal(tensor, other.state[theirs][name]) for name, tensor in ours.state.items())
+
+
 def test_adam_moves_as_its_formula():
     values = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     optimizer = optimizer_of(values, Optimisation(optimizer="adam", lr=0.1, weight_decay=0.5))

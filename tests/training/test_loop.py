@@ -1,6 +1,8 @@
 """One epoch: which steps are taken, and on which gradient."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,20 +13,19 @@ from mmm4rec_cli.models.registry import build_model
 from mmm4rec_cli.settings import Settings
 from mmm4rec_cli.training.interrupt import Interruption
 from mmm4rec_cli.training.loop import Checkpoints, Task, Trainer, epoch_targets, learning_rate, train_epoch
-from mmm4rec_cli.training.optimizer import FlatParameters, is_matrix, nadam
+from mmm4rec_cli.training.optimizer import FlatParameters, NAdam, is_matrix
 from mmm4rec_cli.training.state import Progress
 
 
-class Recording(torch.optim.SGD):
+class Recording:
     """Keeps each step's gradient and does not move."""
 
     def __init__(self, model):
-        super().__init__(model.parameters(), lr=0.0)
-        self.named = dict(model.named_parameters())
+        self.lr, self.named = 0.0, dict(model.named_parameters())
         self.steps, self.rates = [], []
 
-    def step(self, closure=None):
-        self.rates.append(self.param_groups[0]["lr"])
+    def step(self):
+        self.rates.append(self.lr)
         self.steps.append({name: p.grad.clone() for name, p in self.named.items()})
 
 
@@ -91,7 +92,7 @@ def test_nadam_moves_as_the_published_formula(plain):
     parameter = dict(model.named_parameters())["text.adapter.weight"]
     theta = parameter.detach().clone()
     flat = FlatParameters(model)
-    optimizer = nadam(flat.values, plan)
+    optimizer = NAdam(flat.values, plan)
     m, v, product = torch.zeros_like(theta), torch.zeros_like(theta), 1.0
     for k in range(1, 4):
         grad = torch.randn_like(theta)
@@ -155,7 +156,7 @@ def test_flat_nadam_moves_every_parameter_as_torch_does_one_by_one(plain, small_
     model, plan = plain[0], plain[3].finetune
     other = deepcopy(model)
     flat = FlatParameters(model)
-    ours = nadam(flat.values, plan)
+    ours = NAdam(flat.values, plan)
     theirs = torch.optim.NAdam(
         other.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, momentum_decay=plan.momentum_decay
     )
@@ -275,3 +276,24 @@ def test_the_mean_of_the_weights_follows_the_steps_and_stands_in_for_them(plain)
         torch.testing.assert_close(trainer.parameters.values.detach(), expected, rtol=1e-12, atol=1e-14)
     assert torch.equal(trainer.parameters.values.detach(), last)
     assert not torch.equal(own, inside)
+
+
+@pytest.mark.parametrize("optimizer", ["nadam", "adam"])
+def test_training_and_evaluating_import_no_compiler(workspace, make_domain, small_settings, optimizer):
+    make_domain()
+    code = """
+import sys
+from pathlib import Path
+from mmm4rec_cli.evaluation.evaluate_run import evaluate_run
+from mmm4rec_cli.runs import newest_run
+from mmm4rec_cli.settings import Settings
+from mmm4rec_cli.training.finetune import finetune
+from mmm4rec_cli.workspace import Workspace
+
+workspace, settings = Workspace(Path(sys.argv[1])), Settings.model_validate_json(sys.argv[2])
+finetune(workspace, "ring", settings)
+evaluate_run(workspace, newest_run(workspace, "finetune"), settings)
+assert "torch._dynamo" not in sys.modules
+"""
+    settings = small_settings(finetune={"optimizer": optimizer, "epochs": 1})
+    subprocess.run([sys.executable, "-c", code, workspace.root, settings.model_dump_json()], check=True)

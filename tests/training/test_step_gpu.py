@@ -7,7 +7,9 @@ import torch
 from mmm4rec_cli.data.dataset import ModelFeatures
 from mmm4rec_cli.data.sequences import Sequences
 from mmm4rec_cli.models.registry import build_model
+from mmm4rec_cli.settings.schema import Optimisation
 from mmm4rec_cli.training.loop import Task, Trainer, epoch_targets
+from mmm4rec_cli.training.optimizer import optimizer_of
 
 pytestmark = pytest.mark.gpu
 
@@ -94,3 +96,18 @@ def test_dropout_draws_anew_at_every_replay(small_settings):
     torch.cuda.set_rng_state(state)
     again.append(made.gradients(group[0]).item())
     assert again[0] == again[1]
+
+
+@pytest.mark.parametrize("name", ["adam", "nadam"])
+def test_an_optimiser_moves_as_torchs_on_a_gpu(name):
+    torch.manual_seed(0)
+    values, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 3000, device="cuda")) for _ in range(2))
+    ours = optimizer_of(values, Optimisation(optimizer=name, lr=0.1, weight_decay=0.5))
+    kind, options = {"adam": (torch.optim.Adam, {"fused": True}), "nadam": (torch.optim.NAdam, {})}[name]
+    other = kind([theirs], lr=0.1, weight_decay=0.5, **options)
+    for _ in range(3):
+        values.grad = torch.randn(3000, device="cuda")
+        theirs.grad = values.grad.clone()
+        ours.step()
+        other.step()
+    torch.testing.assert_close(values, theirs, rtol=1e-5, atol=1e-5)

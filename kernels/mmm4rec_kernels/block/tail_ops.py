@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import dispatched
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block_tail", mutates_args=())
+
+@dispatched("mmm4rec_kernels::ssd_block_tail")
 def tail_forward(
     xBdt: torch.Tensor,
     shift: torch.Tensor | None,
@@ -47,7 +49,7 @@ def _shapes(
     return xBdt.new_empty(C.shape[0], C.shape[1] - weight.shape[1] + 1, width)
 
 
-@torch.library.custom_op("mmm4rec_kernels::ssd_block_tail_backward", mutates_args=())
+@dispatched("mmm4rec_kernels::ssd_block_tail_backward")
 def tail_backward(
     grad: torch.Tensor,
     xBdt: torch.Tensor,

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import dispatched
 
-@torch.library.custom_op("mmm4rec_kernels::residual_norm", mutates_args=())
+
+@dispatched("mmm4rec_kernels::residual_norm")
 def norm_forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -33,7 +35,7 @@ def _norm_shapes(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.custom_op("mmm4rec_kernels::residual_norm_backward", mutates_args=())
+@dispatched("mmm4rec_kernels::residual_norm_backward")
 def norm_backward(
     grad: torch.Tensor,
     total: torch.Tensor,
@@ -108,7 +110,7 @@ def _backward_norm(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) 
 norm_forward.register_autograd(_backward_norm, setup_context=_save_norm)
 
 
-@torch.library.custom_op("mmm4rec_kernels::sum_rows", mutates_args=())
+@dispatched("mmm4rec_kernels::sum_rows")
 def sum_rows(x: torch.Tensor) -> torch.Tensor:
     """[S, C] to [C], float32."""
     from mmm4rec_kernels.rows import fused
@@ -121,7 +123,7 @@ def _sum_shapes(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("mmm4rec_kernels::hardswish", mutates_args=())
+@dispatched("mmm4rec_kernels::hardswish")
 def hardswish_forward(
     x: torch.Tensor, seed: torch.Tensor | None, p: float, shift: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -136,7 +138,7 @@ def _hardswish_shapes(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("mmm4rec_kernels::hardswish_backward", mutates_args=())
+@dispatched("mmm4rec_kernels::hardswish_backward")
 def hardswish_backward(
     grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, p: float, shift: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +169,7 @@ def _backward_hardswish(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | No
 hardswish_forward.register_autograd(_backward_hardswish, setup_context=_save_hardswish)
 
 
-@torch.library.custom_op("mmm4rec_kernels::unit_sum", mutates_args=())
+@dispatched("mmm4rec_kernels::unit_sum")
 def unit_sum(a: torch.Tensor, b: torch.Tensor, scale: float, least: float) -> torch.Tensor:
     """Sum of the rows of two tensors [S, D], each row scaled to length `scale`."""
     from mmm4rec_kernels.rows import fused
@@ -180,7 +182,7 @@ def _unit_sum_shape(a: torch.Tensor, b: torch.Tensor, scale: float, least: float
     return torch.empty_like(a)
 
 
-@torch.library.custom_op("mmm4rec_kernels::unit_sum_backward", mutates_args=())
+@dispatched("mmm4rec_kernels::unit_sum_backward")
 def unit_sum_backward(
     grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, least: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

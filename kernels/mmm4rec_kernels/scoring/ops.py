@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import dispatched
+
 KEPT = 1 << 26
 """Most scores [queries x rows] that are kept from forward for backward; beyond, they are computed again in blocks."""
 
@@ -23,7 +25,7 @@ def stride(rows: int) -> int:
     return -(-rows // 16) * 16
 
 
-@torch.library.custom_op("mmm4rec_kernels::softmax_cross_entropy", mutates_args=())
+@dispatched("mmm4rec_kernels::softmax_cross_entropy")
 def cross_entropy_forward(
     query: torch.Tensor, table: torch.Tensor, target: torch.Tensor, first: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,7 +46,7 @@ def _cross_entropy_shapes(
     return loss, torch.empty_like(loss), query.new_empty(shape)
 
 
-@torch.library.custom_op("mmm4rec_kernels::softmax_cross_entropy_backward", mutates_args=())
+@dispatched("mmm4rec_kernels::softmax_cross_entropy_backward")
 def cross_entropy_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -84,7 +86,7 @@ def _cross_entropy_gradients(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tu
 cross_entropy_forward.register_autograd(_cross_entropy_gradients, setup_context=_save_cross_entropy)
 
 
-@torch.library.custom_op("mmm4rec_kernels::lookup", mutates_args=())
+@dispatched("mmm4rec_kernels::lookup")
 def lookup(
     table: torch.Tensor, index: torch.Tensor, ordered: torch.Tensor | None, places: torch.Tensor | None
 ) -> torch.Tensor:
@@ -97,7 +99,7 @@ def _lookup_shape(table: torch.Tensor, index: torch.Tensor, *arguments: Any) -> 
     return table.new_empty(index.shape[0], table.shape[1])
 
 
-@torch.library.custom_op("mmm4rec_kernels::lookup_backward", mutates_args=())
+@dispatched("mmm4rec_kernels::lookup_backward")
 def lookup_backward(grad: torch.Tensor, ordered: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
     """Gradient of the table [V, D]: each row the sum over its places."""
     from mmm4rec_kernels.scoring import fused
@@ -133,7 +135,7 @@ def _lookup_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None
 lookup.register_autograd(_lookup_gradients, setup_context=_save_lookup)
 
 
-@torch.library.custom_op("mmm4rec_kernels::compare_counts", mutates_args=())
+@dispatched("mmm4rec_kernels::compare_counts")
 def compare_counts(score: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Scores of each row greater than its own [0, B], and equal to it [1, B], int64."""
     from mmm4rec_kernels.scoring import fused

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import dispatched
 
-@torch.library.custom_op("mmm4rec_kernels::selective_scan", mutates_args=())
+
+@dispatched("mmm4rec_kernels::selective_scan")
 def scan_forward(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor
 ) -> torch.Tensor:
@@ -25,7 +27,7 @@ def _forward_shape(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mmm4rec_kernels::selective_scan_backward", mutates_args=())
+@dispatched("mmm4rec_kernels::selective_scan_backward")
 def scan_backward(
     grad: torch.Tensor,
     x: torch.Tensor,

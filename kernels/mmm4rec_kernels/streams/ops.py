@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from mmm4rec_kernels.operators import dispatched
 
-@torch.library.custom_op("mmm4rec_kernels::stream_stage", mutates_args=())
+
+@dispatched("mmm4rec_kernels::stream_stage")
 def stage(
     stream: torch.Tensor,
     parameters: list[torch.Tensor],
@@ -35,7 +37,7 @@ def _stage_shapes(
     return w, following, w.new_empty(5 if gate else 4, rows, heads, places)
 
 
-@torch.library.custom_op("mmm4rec_kernels::stream_stage_backward", mutates_args=())
+@dispatched("mmm4rec_kernels::stream_stage_backward")
 def stage_backward(
     d_w: torch.Tensor | None,
     d_next: torch.Tensor | None,
@@ -98,7 +100,7 @@ def _backward_stage(
 stage.register_autograd(_backward_stage, setup_context=_save_stage)
 
 
-@torch.library.custom_op("mmm4rec_kernels::spectral_filter", mutates_args=())
+@dispatched("mmm4rec_kernels::spectral_filter")
 def spectral(image: torch.Tensor, text: torch.Tensor | None, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The joint stream [..., T], and what backward needs [2, 4, N, F]."""
     from mmm4rec_kernels.streams import fused
@@ -115,7 +117,7 @@ def _spectral_shapes(
     return out, out.new_empty(2, 4, image.numel() // places, places // 2 + 1)
 
 
-@torch.library.custom_op("mmm4rec_kernels::spectral_filter_backward", mutates_args=())
+@dispatched("mmm4rec_kernels::spectral_filter_backward")
 def spectral_backward(grad: torch.Tensor, kept: torch.Tensor, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of both streams [2, ..., T], and of the maps."""
     from mmm4rec_kernels.streams import fused
