@@ -15,7 +15,10 @@ from mmm4rec_kernels.ssd.ops import chunks
 
 SHORT, SHORT_PACKED, SHORT_FORWARD = 8, 32, 32
 """Longest sequences for which several in one tile were faster on an H200: forward and backward together, so for packed
-ones, and forward alone; forward and backward of float32 too, where each head has a group of its own."""
+ones, and forward alone."""
+JOINED = 13
+"""Shortest sequences beyond `SHORT` for which one kernel backward was faster there: with 12 places it was slower, with
+20 faster. Only with float32, and where each head has a group of its own."""
 
 TILE = 32
 """Places of a tile that holds several sequences. With 64 kernels need twice the registers: slower on an H100."""
@@ -38,7 +41,11 @@ def several_in_a_tile(packed: bool, longest: int, gradients: bool, joined: bool)
 
     `gradients` if some are wanted, `joined` if one kernel may find them: float32, and each head a group of its own.
     """
-    return longest <= (SHORT_PACKED if packed else SHORT if gradients and not joined else SHORT_FORWARD)
+    if packed:
+        return longest <= SHORT_PACKED
+    if gradients and not (joined and longest >= JOINED):
+        return longest <= SHORT
+    return longest <= SHORT_FORWARD
 
 
 @operator("mmm4rec_kernels::ssd_block")
