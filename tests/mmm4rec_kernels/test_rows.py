@@ -222,6 +222,26 @@ def test_the_fused_nadam_step_is_torchs():
         torch.testing.assert_close(value, theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
+@by_kernel
+def test_operators_are_well_formed():
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    seed = torch.tensor(7, device=DEVICE)
+    x, residual, grad, weight, bias = inputs(2)
+    shift = bias[0]
+
+    def check(operator, *arguments):
+        torch.library.opcheck(operator.overload, arguments, test_utils=checks)
+
+    check(ops.norm_forward, x.requires_grad_(), residual, None, weight, bias, seed, 0.25, 1e-5, None)
+    check(ops.norm_forward, x[:1], None, None, weight[:1], bias[:1], None, 0.0, 1e-5, shift)
+    check(ops.norm_backward, grad, residual, weight, seed, 0.25, 1e-5, True, True, False)
+    check(ops.sum_rows, grad[0])
+    check(ops.hardswish_forward, x, seed, 0.25, None)
+    check(ops.hardswish_backward, grad, x.detach(), seed, 0.25, None)
+    check(ops.unit_sum, x, residual, 0.5, 1e-12)
+    check(ops.unit_sum_backward, grad, x.detach(), residual, 0.5, 1e-12)
+
+
 @pytest.mark.skipif(BY_KERNEL, reason="the kernels run here without it")
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_the_kernels_interpreted():

@@ -74,6 +74,17 @@ def test_the_selective_kernels_agree_with_the_recurrence_and_repeat(sizes):
     assert all(torch.equal(got[k], again[k]) for k in got)
 
 
+@needs_triton
+def test_operators_are_well_formed():
+    from mmm4rec_kernels.selective import ops
+
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    tensors = [t.to(DEVICE) for t in inputs().values()]
+    torch.library.opcheck(ops.scan_forward.overload, [t.requires_grad_() for t in tensors], test_utils=checks)
+    tensors = [t.detach() for t in tensors]
+    torch.library.opcheck(ops.scan_backward.overload, [torch.ones_like(tensors[0]), *tensors], test_utils=checks)
+
+
 @pytest.mark.gpu
 @needs_triton
 def test_the_kernels_at_the_sizes_of_the_models():

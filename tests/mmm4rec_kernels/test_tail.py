@@ -131,6 +131,24 @@ def test_tail_kernel_equals_the_torch_form(count, skip, taps, packed):
         assert float((got - want).norm() / want.norm()) < 3e-5
 
 
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs interpreted, and on a GPU")
+def test_operators_are_well_formed():
+    from mmm4rec_kernels.block import tail_ops
+
+    lengths = torch.tensor([1, 9, 5], device=DEVICE)
+    width, states = H * 12, H * 5
+    shapes = [(3, 9, width + states + H), (width + states + H,), (3, 5, states), (3, 9, H), (width + 2 * states, 4)]
+    shapes += [(width + 2 * states,), (H,), (H,), (H,)]
+    given = [torch.randn(shape, device=DEVICE) for shape in shapes]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = [*given, None, lengths, 9, True]
+    forward = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
+    torch.library.opcheck(tail_ops.tail_forward.overload, forward, test_utils=checks)
+    grad = torch.randn(3, 2, width, device=DEVICE)
+    backward = [grad, *(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)]
+    torch.library.opcheck(tail_ops.tail_backward.overload, backward, test_utils=checks)
+
+
 def test_sizes_that_the_kernel_was_not_built_for_are_refused():
     xBdt, z, C, _, *parameters = (t.detach() for t in block_inputs([3, 3], 3))
     projected = CrossProjections(xBdt, z[:, -1:], torch.zeros(2, K, Q, dtype=C.dtype))
