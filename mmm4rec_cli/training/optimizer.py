@@ -1,5 +1,6 @@
 """NAdam or Adam over all parameters of a model as one tensor."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 
 import torch
@@ -61,7 +62,7 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and name.rsplit(".", 1)[-1] not in ("item_bias", "fusion_weight")
 
 
-class FlatOptimizer:
+class FlatOptimizer(ABC):
     """Moves flat parameters in place, by torch's functions.
 
     Not one of torch's optimisers: making one of those imports torch's compiler, which takes a second or more.
@@ -78,9 +79,9 @@ class FlatOptimizer:
         self.state = {"exp_avg": torch.zeros_like(values.detach()), "exp_avg_sq": torch.zeros_like(values.detach())}
         """All that is saved, by torch's names."""
 
+    @abstractmethod
     def step(self) -> None:
         """Move the parameters; nothing waits for the GPU."""
-        raise NotImplementedError
 
     @property
     def gradient(self) -> Tensor:

@@ -175,9 +175,8 @@ def joined_backward(
     sum_dt = tl.zeros([BL], tl.float32)
     A = -tl.exp(tl.load(p_A_log + i_h).to(tl.float32))
     dt_bias = tl.load(p_dt_bias + i_h).to(tl.float32)
-    if LENGTH > 0:
-        length = LENGTH
-        per_tile = BL // LENGTH
+    length = LENGTH
+    per_tile = BL // LENGTH
     for i_tile in range(i_split, tiles, tl.num_programs(1)):
         o_l = tl.arange(0, BL)
         base, m_out, m_in, o_first = places_of(

@@ -208,7 +208,6 @@ def block_backward(
     DB_AT: tl.constexpr,
     DC_AT: tl.constexpr,
     MODE: tl.constexpr,
-    LENGTH: tl.constexpr,
     SKIP_DT: tl.constexpr,
     BL: tl.constexpr,
     BP: tl.constexpr,
@@ -221,9 +220,7 @@ def block_backward(
     i_tile = tl.program_id(1)
     o_l = tl.arange(0, BL)
     o_p = tl.arange(0, BP)
-    base, m_out, m_in, o_first = places_of(
-        i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE, LENGTH
-    )
+    base, m_out, m_in, o_first = places_of(i_tile, o_l, p_ends, p_places, rows, tiles, length, per_tile, magic, MODE)
     p_sums += i_tile.to(tl.int64) * (E + 3 * H)
     p_norms = p_sums + i_h * P + o_p
     if MODE == PACKED:
@@ -271,7 +268,7 @@ def block_backward(
         C_AT,
         DB_AT,
         DC_AT,
-        LENGTH,
+        0,
         SKIP_DT,
         BL,
         BP,
@@ -539,16 +536,11 @@ def backward(
     if tiles == 0:
         nothing = torch.zeros(channels * (taps + 1) + width + 3 * heads, device=projected.device)
         return d_projected, d_z_out, d_C_out, d_factor, nothing
-    if shares == 1:
-        B_target, C_target, where_B, where_C, share = d_projected, d_C, B_at, C_at, 0
-    else:
-        partial = new(2, shares, rows, states)
-        B_target, C_target, where_B, where_C, share = partial[0], partial[1], 0, 0, rows * states
-    products, d_steps, sums = new(rows), new(2, heads, rows), new(tiles, width + 3 * heads)
-    columns = triton.next_power_of_2(width)
+    products, columns = new(rows), triton.next_power_of_2(width)
     block = max(1, 2048 // columns)
     row_products[(triton.cdiv(rows, block),)](grad, out, products, rows, E=width, BR=block, BE=columns, num_warps=4)
-    if shares == 1 and known(where):
+    length_known = known(where)
+    if shares == 1 and length_known:
         from mmm4rec_kernels.block import joined
 
         flat = joined.backward(
@@ -561,10 +553,16 @@ def backward(
             (d_z, d_projected, d_C, d_factor),
             where,
             (x_at, C_at),
-            known(where),
+            length_known,
             skip_dt,
         )
         return d_projected, d_z_out, d_C_out, d_factor, flat
+    if shares == 1:
+        B_target, C_target, where_B, where_C, share = d_projected, d_C, B_at, C_at, 0
+    else:
+        partial = new(2, shares, rows, states)
+        B_target, C_target, where_B, where_C, share = partial[0], partial[1], 0, 0, rows * states
+    d_steps, sums = new(2, heads, rows), new(tiles, width + 3 * heads)
     block_backward[(heads, tiles)](
         z_in,
         projected,
@@ -603,7 +601,6 @@ def backward(
         C_AT=C_at,
         DB_AT=where_B,
         DC_AT=where_C,
-        LENGTH=known(where),
         SKIP_DT=skip_dt,
         BP=tile(width // heads),
         BN=tile(states // groups),

@@ -16,9 +16,7 @@ from mmm4rec_kernels.launch import align, processors
 from mmm4rec_kernels.sums import summed
 
 ELEMENTS = 1024
-"""Elements of a tile of the activation."""
-FORWARD, BACKWARD = (1024, 4), (1024, 4)
-"""Elements of a tile of the norm, and warps of a program."""
+"""Elements of a tile."""
 PROGRAMS = 8
 """Programs of 4 warps of the kernels with sums, for each multiprocessor."""
 
@@ -269,9 +267,9 @@ def nadam_step(
     tl.store(p_second + o_x, b_second, mask=mask)
 
 
-def _tile(width: int, elements: int, warps: int) -> dict[str, int]:
+def _tile(width: int) -> dict[str, int]:
     columns = triton.next_power_of_2(width)
-    return {"BR": max(1, elements // columns), "BD": columns, "num_warps": warps if columns <= 2048 else 8}
+    return {"BR": max(1, ELEMENTS // columns), "BD": columns, "num_warps": 4 if columns <= 2048 else 8}
 
 
 def _activation_tile(width: int) -> dict[str, int]:
@@ -293,7 +291,7 @@ def norm_forward(
     """Result and the sum before the norm, [n, S, D]; all inputs contiguous."""
     groups, rows, width = x.shape
     out, total = torch.empty_like(x), torch.empty_like(x)
-    tile = _tile(width, *FORWARD)
+    tile = _tile(width)
     if x.numel():
         grid = (triton.cdiv(rows, tile["BR"]), groups)
         residual_norm_forward[grid](
@@ -320,7 +318,7 @@ def norm_backward(
     groups, rows, width = total.shape
     d_x = torch.empty_like(total) if want_x else total.new_empty(0)
     d_sum = torch.empty_like(total) if want_sum else total.new_empty(0)
-    tile = _tile(width, *BACKWARD)
+    tile = _tile(width)
     programs = processors(total) * PROGRAMS * 4 // tile["num_warps"] // groups
     programs = max(1, min(triton.cdiv(rows, tile["BR"]), programs))
     vectors = 3 if want_shift else 2
@@ -387,7 +385,7 @@ def hardswish_backward(
 
 def unit_sum(a: torch.Tensor, b: torch.Tensor, scale: float, least: float) -> torch.Tensor:
     """The sum of scale x / max(|x|, least) for the rows x of two contiguous tensors [S, D]."""
-    out, tile = torch.empty_like(a), _tile(a.shape[1], *FORWARD)
+    out, tile = torch.empty_like(a), _tile(a.shape[1])
     if out.numel():
         unit_sum_forward[(triton.cdiv(len(a), tile["BR"]),)](a, b, out, len(a), scale, least, D=a.shape[1], **tile)
     return out
@@ -397,7 +395,7 @@ def unit_sum_gradients(
     grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, least: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of both."""
-    d_a, d_b, tile = torch.empty_like(a), torch.empty_like(b), _tile(a.shape[1], *FORWARD)
+    d_a, d_b, tile = torch.empty_like(a), torch.empty_like(b), _tile(a.shape[1])
     if d_a.numel():
         unit_sum_backward[(triton.cdiv(len(a), tile["BR"]),)](
             grad, a, b, d_a, d_b, len(a), scale, least, D=a.shape[1], **tile
